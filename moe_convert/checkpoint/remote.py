@@ -1,0 +1,127 @@
+"""Hub repositories: planned from config.json and safetensors headers, downloaded on demand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from moe_convert.checkpoint.safetensors import TensorRef
+from moe_convert.checkpoint.source import SIDE_FILES, Source, open_folder, read_config
+from moe_convert.errors import HubError, SourceError
+
+WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
+LEGACY_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def open_hub(name: str, revision: str = "main", token: str | None = None) -> Source:
+    """Open `org/name[@rev]`; the revision is resolved to a commit, which the source records.
+
+    Without a network the local Hub cache serves.
+
+    Raises:
+        SourceError: no such repository, revision or file.
+        HubError: the Hub refuses or cannot be reached and nothing is cached.
+    """
+    repo_id, _, at = name.partition("@")
+    revision = at or revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        HfHubHTTPError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from httpx import HTTPError
+
+    api = HfApi(token=token)
+    try:
+        return _open_online(api, repo_id, revision)
+    except HFValidationError as error:
+        raise SourceError(
+            f"There is no folder {name!r}, and it is no Hub name.", "Check the path, or give org/name."
+        ) from error
+    except GatedRepoError as error:
+        raise HubError(
+            f"{repo_id} is gated.", f"Accept its terms on its Hub page {repo_id}, then log in."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{repo_id} is neither a folder here nor a repository that this token can see.",
+            "Check the name; for a private one run `hf auth login`.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SourceError(f"{repo_id} has no revision {revision}.") from error
+    except (EntryNotFoundError, NotASafetensorsRepoError):
+        return _open_cached(repo_id, revision, token, local=False)
+    except (OfflineModeIsEnabled, HTTPError, OSError, HfHubHTTPError) as error:
+        try:
+            return _open_cached(repo_id, revision, token, local=True)
+        except HubError:
+            raise HubError(
+                f"There is no folder {name!r}, and the Hub cannot be reached for {repo_id}.",
+                "Check the path, or the network and HF_HUB_OFFLINE.",
+            ) from error
+
+
+def _open_online(api: object, repo_id: str, revision: str) -> Source:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    assert isinstance(api, HfApi)
+    info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    sha, token = str(info.sha), api.token
+    config_path = hf_hub_download(repo_id, "config.json", revision=sha, token=token)
+    metadata = api.get_safetensors_metadata(repo_id, revision=sha)
+    tensors = {
+        name: TensorRef(Path(file), name, str(tensor.dtype), tuple(tensor.shape), 0)
+        for file, header in metadata.files_metadata.items()
+        for name, tensor in header.tensors.items()
+    }
+    files = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    card = info.card_data.get("license") if info.card_data else None
+    return Source(
+        repo_id,
+        read_config(Path(config_path)),
+        tensors,
+        lambda: _open_cached(repo_id, sha, token, local=False),
+        revision=revision,
+        sha=sha,
+        download_bytes=sum(s for f, s in files.items() if f.endswith(".safetensors")),
+        license=str(card) if card else None,
+    )
+
+
+def _open_cached(repo_id: str, revision: str, token: str | bool | None, local: bool) -> Source:
+    """Download (with resume) what a conversion reads, or find it in the local Hub cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["config.json", "README.md", *WEIGHT_FILES, *SIDE_FILES]
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                token=token,
+                local_files_only=local,
+                allow_patterns=patterns,
+            )
+        )
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(
+                snapshot_download(
+                    repo_id,
+                    revision=revision,
+                    token=token,
+                    local_files_only=local,
+                    allow_patterns=[*patterns, *LEGACY_FILES],
+                )
+            )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise HubError(f"{repo_id} is not in the local Hub cache.") from error
+    opened = open_folder(folder)
+    sha = folder.name if len(folder.name) == 40 else None
+    return replace(opened, name=repo_id, revision=revision, sha=sha)

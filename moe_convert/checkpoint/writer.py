@@ -1,0 +1,328 @@
+"""Write safetensors shards whose layout is known before the first byte: in order, resumable, hashed.
+
+Every header is written first, so each tensor has its place and a run that was killed goes on from
+the last finished step. Bytes that equal the source's are copied by the kernel and never decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from moe_convert.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME, TensorRef
+from moe_convert.errors import DoesNotFitError, MoeConvertError, SourceError
+from moe_convert.ffn import ITEM_BITS, Weight, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_BYTES = 1 << 24
+JOURNAL_NAME = ".progress"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of a tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        bits = ITEM_BITS[self.dtype]
+        for size in self.shape:
+            bits *= size
+        return bits // 8
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the result: its header and where each tensor's bytes go."""
+
+    file: str
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def header(self) -> bytes:
+        """The file's first bytes, padded to a multiple of 8."""
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for spec in self.specs:
+            end = position + spec.num_bytes
+            entries[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [position, end],
+            }
+            position = end
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the finished file."""
+        return len(self.header) + sum(spec.num_bytes for spec in self.specs)
+
+
+def shard(specs: Iterable[TensorSpec], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Cut the tensors, in order, into files of at most `max_shard_bytes` (one tensor at least)."""
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if groups[-1] and filled + spec.num_bytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += spec.num_bytes
+    if len(groups) == 1:
+        return (Shard(SINGLE_NAME, tuple(groups[0])),)
+    return tuple(
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for i, group in enumerate(groups, 1)
+    )
+
+
+class CheckpointWriter:
+    """Writes announced tensors, and only those, into the shards of a folder.
+
+    Tensors may come in any order; `finish_step` records progress and `skip_step` tells a resumed
+    run what it need not do again. Hashes are computed behind the writing, in a second thread.
+    """
+
+    def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
+        """Lay out the files in `folder`, or take up those that an interrupted run left there."""
+        self.folder, self.shards = folder, shards
+        self._places: dict[str, tuple[int, int, TensorSpec]] = {}
+        self._files: list[int] = []
+        self._sources: dict[Path, int] = {}
+        self._written: set[str] = set()
+        self._journal = folder / JOURNAL_NAME
+        self._steps: set[str] = set()
+        try:
+            for shard in shards:
+                self._open(shard)
+        except OSError as error:
+            self.close()
+            raise disk_error(error, folder) from error
+        if self._journal.exists():
+            self._steps = set(self._journal.read_text(encoding="utf-8").split("\n")) - {""}
+        self._hasher = _Hasher([folder / shard.file for shard in shards])
+
+    def _open(self, shard: Shard) -> None:
+        header = shard.header
+        file = os.open(self.folder / shard.file, os.O_RDWR | os.O_CREAT, 0o644)
+        number = len(self._files)
+        self._files.append(file)
+        os.ftruncate(file, shard.num_bytes)
+        os.pwrite(file, header, 0)
+        position = len(header)
+        for spec in shard.specs:
+            self._places[spec.name] = (number, position, spec)
+            position += spec.num_bytes
+
+    def write(self, name: str, weight: Weight) -> None:
+        """Write one tensor.
+
+        Raises:
+            DoesNotFitError: the disk is full.
+            MoeConvertError: the tensor was not announced, or not with this shape and dtype.
+        """
+        number, position, spec = self._places.get(name) or _unannounced(name)
+        if (weight.shape, weight.dtype) != (spec.shape, spec.dtype):
+            raise MoeConvertError(
+                f"{name} came out as {weight.dtype}{list(weight.shape)}, and the plan announced "
+                f"{spec.dtype}{list(spec.shape)}."
+            )
+        try:
+            if weight.stored is not None:
+                self._copy(cast(TensorRef, weight.stored), self._files[number], position)
+            else:
+                _write_all(self._files[number], _to_bytes(weight), position)
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+        self._written.add(name)
+
+    def skip_step(self, step: str, names: Iterable[str]) -> bool:
+        """Return whether an interrupted run finished this step; its tensors then count as written."""
+        if step not in self._steps:
+            return False
+        self._written.update(names)
+        self._advance()
+        return True
+
+    def finish_step(self, step: str) -> None:
+        """Record that everything written so far need not be written again."""
+        with self._journal.open("a", encoding="utf-8") as journal:
+            journal.write(f"{step}\n")
+        self._advance()
+
+    def _advance(self) -> None:
+        for number, shard in enumerate(self.shards):
+            done = len(shard.header)
+            for spec in shard.specs:
+                if spec.name not in self._written:
+                    break
+                done += spec.num_bytes
+            self._hasher.allow(number, done)
+
+    def finish(self) -> dict[str, str]:
+        """Write the index, close the files and return the SHA-256 of every shard.
+
+        Raises:
+            MoeConvertError: a tensor that the plan announced was never written.
+        """
+        missing = [name for name in self._places if name not in self._written]
+        if missing:
+            raise MoeConvertError(f"The conversion wrote no {missing[0]}, which the plan announced.")
+        hashes = self._hasher.result()
+        self.close()
+        if len(self.shards) > 1:
+            index = {
+                "metadata": {
+                    "total_size": sum(s.num_bytes for _, _, s in self._places.values()),
+                },
+                "weight_map": {s.name: shard.file for shard in self.shards for s in shard.specs},
+            }
+            text = json.dumps(index, indent=2) + "\n"
+            (self.folder / INDEX_NAME).write_text(text, encoding="utf-8")
+        self._journal.unlink(missing_ok=True)
+        return hashes
+
+    def close(self) -> None:
+        """Close every file; what was written stays."""
+        if hasattr(self, "_hasher"):
+            self._hasher.stop()
+        for file in (*self._files, *self._sources.values()):
+            with contextlib.suppress(OSError):
+                os.close(file)
+        self._files, self._sources = [], {}
+
+    def _copy(self, ref: TensorRef, target: int, position: int) -> None:
+        source = self._sources.get(ref.path)
+        if source is None:
+            source = self._sources[ref.path] = os.open(ref.path, os.O_RDONLY)
+        offset, left = ref.offset, ref.num_bytes
+        while left:
+            copied = _copy_block(source, target, min(left, 1 << 30), offset, position)
+            if copied == 0:
+                raise SourceError(f"{ref.path.name} ends inside tensor {ref.name}.")
+            offset, position, left = offset + copied, position + copied, left - copied
+
+
+def _unannounced(name: str) -> tuple[int, int, TensorSpec]:
+    raise MoeConvertError(f"The conversion made {name}, which the plan did not announce.")
+
+
+def _copy_block(source: int, target: int, count: int, offset: int, position: int) -> int:
+    """Copy bytes inside the kernel, or through a buffer where the file systems cannot."""
+    try:
+        return os.copy_file_range(source, target, count, offset, position)
+    except (AttributeError, OSError) as error:
+        cannot = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
+        if isinstance(error, OSError) and error.errno not in cannot:
+            raise
+    block = os.pread(source, min(count, BLOCK_BYTES), offset)
+    return os.pwrite(target, block, position)
+
+
+def _to_bytes(weight: Weight) -> memoryview:
+    import torch
+
+    tensor = weight.load().to(torch_dtype(weight.dtype)).contiguous()
+    if tuple(tensor.shape) != weight.shape:
+        raise MoeConvertError(f"A tensor of {weight.shape} was announced, got {tensor.shape}.")
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def _write_all(file: int, data: memoryview, position: int) -> None:
+    while data:
+        written = os.pwrite(file, data[: 1 << 30], position)
+        data, position = data[written:], position + written
+
+
+def disk_error(error: OSError, folder: Path) -> Exception:
+    """Return what a user should read for a failed write."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return DoesNotFitError(
+            f"The disk of {folder.parent} is full.",
+            "Free some space and run the same command again: it goes on where it stopped.",
+        )
+    return MoeConvertError(f"Cannot write {folder.name}: {error.strerror}.")
+
+
+class _Hasher:
+    """Hashes files from their start as far as they are written, in a thread of its own."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths, self._allowed = paths, [0] * len(paths)
+        self._changed, self._stopped = threading.Condition(), False
+        self._hashes: dict[str, str] = {}
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def allow(self, number: int, num_bytes: int) -> None:
+        """Say that a file is final up to this byte."""
+        with self._changed:
+            self._allowed[number] = max(self._allowed[number], num_bytes)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Give up what is not hashed yet."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join()
+
+    def result(self) -> dict[str, str]:
+        """Wait for the last byte and return file name to SHA-256."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._hashes
+
+    def _run(self) -> None:
+        try:
+            for number, path in enumerate(self._paths):
+                digest = self._hash(number, path)
+                if digest is None:
+                    return
+                self._hashes[path.name] = digest
+        except OSError as error:
+            self._error = error
+
+    def _hash(self, number: int, path: Path) -> str | None:
+        digest, position, size_bytes = hashlib.sha256(), 0, path.stat().st_size
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        with path.open("rb", buffering=0) as file:
+            while position < size_bytes:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopped or self._allowed[number] > position)
+                    if self._stopped:
+                        return None
+                    allowed = self._allowed[number]
+                count = file.readinto(buffer[: allowed - position])
+                digest.update(buffer[:count])
+                position += count
+        return digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

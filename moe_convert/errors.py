@@ -1,0 +1,86 @@
+"""Every error that a user can cause, each with the exit code of the command that meets it.
+
+    MoeConvertError             1   unexpected failure
+    ├── UsageError              2   option or recipe invalid
+    ├── SourceError             3   source missing, corrupt or unsafe
+    │   └── UnsupportedError    3   its architecture has no exact home
+    ├── DoesNotFitError         4   memory or disk too small, nothing written
+    ├── VerificationError       5   parity or a quality gate failed, output kept and marked
+    ├── HubError                6   Hub, authentication or network
+    ├── OutputExistsError       7   refusing to overwrite
+    └── MissingDependencyError  8   an optional package is not installed
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MoeConvertError(Exception):
+    """Base class: one sentence in `message`, the remedy in `hint`."""
+
+    exit_code: ClassVar[int] = 1
+    code: ClassVar[str] = "failure"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".rstrip()
+
+
+class UsageError(MoeConvertError):
+    """An option or a recipe field is invalid."""
+
+    exit_code = 2
+    code = "usage"
+
+
+class SourceError(MoeConvertError):
+    """The source checkpoint is missing, corrupt or unsafe to read."""
+
+    exit_code = 3
+    code = "source"
+
+
+class UnsupportedError(SourceError):
+    """No stock Mixture-of-Experts architecture holds the source exactly."""
+
+    code = "unsupported"
+
+
+class DoesNotFitError(MoeConvertError):
+    """The result does not fit on this machine."""
+
+    exit_code = 4
+    code = "does_not_fit"
+
+
+class VerificationError(MoeConvertError):
+    """The written checkpoint failed a check that should hold."""
+
+    exit_code = 5
+    code = "verification"
+
+
+class HubError(MoeConvertError):
+    """The Hugging Face Hub could not be reached or refused."""
+
+    exit_code = 6
+    code = "hub"
+
+
+class OutputExistsError(MoeConvertError):
+    """The output folder exists already."""
+
+    exit_code = 7
+    code = "output_exists"
+
+
+class MissingDependencyError(MoeConvertError):
+    """An optional package is needed and not installed."""
+
+    exit_code = 8
+    code = "missing_dependency"

@@ -1,0 +1,213 @@
+"""Feed-forward networks and experts as lazily loaded weights: no file is opened here.
+
+D hidden size · F FFN neurons · E routed experts · N neurons per expert · T tokens
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+"""Bits per element of every dtype that safetensors names and this package understands."""
+
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Floating dtypes as safetensors and as torch name them: those that a weight can be stored in."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype for a safetensors name such as `BF16`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
+
+
+class Stored(Protocol):
+    """Bytes that lie in a file exactly as they would be written."""
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """Return the part that holds these rows of the first axis."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that is not read until `load` is called.
+
+    `stored` is set while the value still equals bytes in a file, so that a writer may copy them
+    without decoding anything.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], torch.Tensor]
+    stored: Stored | None = None
+
+    @property
+    def num_params(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes as stored."""
+        return self.num_params * ITEM_BITS[self.dtype] // 8
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, dtype: str) -> Weight:
+        """Wrap a tensor in memory, to be stored as `dtype`."""
+        return cls(tuple(tensor.shape), dtype, lambda: tensor)
+
+    @classmethod
+    def filled(cls, shape: tuple[int, ...], value: float, dtype: str) -> Weight:
+        """Return a constant tensor."""
+
+        def load() -> torch.Tensor:
+            import torch
+
+            return torch.full(shape, value)
+
+        return cls(shape, dtype, load)
+
+    def map(
+        self,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        shape: tuple[int, ...] | None = None,
+    ) -> Weight:
+        """Return the weight with `function` applied in fp32 when it is loaded."""
+        base = self.load
+        return Weight(shape or self.shape, self.dtype, lambda: function(base().float()))
+
+    def cast(self, dtype: str) -> Weight:
+        """Return the weight stored as another dtype."""
+        return self if dtype == self.dtype else Weight(self.shape, dtype, self.load)
+
+    def rows(self, neurons: range | torch.Tensor) -> Weight:
+        """Return these rows of a matrix or entries of a vector; a range keeps the stored bytes."""
+        shape = (len(neurons), *self.shape[1:])
+        if isinstance(neurons, range):
+            start, stop = neurons.start, neurons.stop
+            if shape == self.shape:
+                return self
+            stored = self.stored.rows(start, stop) if self.stored else None
+            return Weight(shape, self.dtype, lambda: self.load()[start:stop], stored)
+        return Weight(shape, self.dtype, lambda: self.load()[neurons])
+
+    def columns(self, neurons: range | torch.Tensor) -> Weight:
+        """Return these columns of a matrix."""
+        shape = (self.shape[0], len(neurons))
+        if isinstance(neurons, range):
+            start, stop = neurons.start, neurons.stop
+            if shape == self.shape:
+                return self
+            return Weight(shape, self.dtype, lambda: self.load()[:, start:stop])
+        return Weight(shape, self.dtype, lambda: self.load()[:, neurons])
+
+    def scaled(self, factor: float) -> Weight:
+        """Return the weight times a constant."""
+        return self if factor == 1.0 else self.map(lambda tensor: tensor * factor)
+
+
+def as_range(neurons: torch.Tensor) -> range | torch.Tensor:
+    """Return a range when the indices are consecutive, else the indices themselves."""
+    import torch
+
+    start = int(neurons[0]) if len(neurons) else 0
+    consecutive = torch.arange(start, start + len(neurons))
+    return range(start, start + len(neurons)) if torch.equal(neurons, consecutive) else neurons
+
+
+def concatenated(parts: list[Weight], axis: int) -> Weight:
+    """Return the parts joined along an axis."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+
+    def load() -> torch.Tensor:
+        import torch
+
+        return torch.cat([part.load() for part in parts], dim=axis)
+
+    return Weight(tuple(shape), parts[0].dtype, load)
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """One feed-forward network: `down(act(gate x) * up x)`."""
+
+    gate_FD: Weight
+    up_FD: Weight
+    down_DF: Weight
+    act: str = "silu"
+
+    @property
+    def num_neurons(self) -> int:
+        """Intermediate size F."""
+        return self.up_FD.shape[0]
+
+    @property
+    def num_params(self) -> int:
+        """Number of elements of the three matrices."""
+        return self.gate_FD.num_params + self.up_FD.num_params + self.down_DF.num_params
+
+    def select(self, neurons_N: torch.Tensor, scale: float = 1.0) -> Ffn:
+        """Return the network of these neurons (int64, may repeat), its output times `scale`."""
+        neurons = as_range(neurons_N)
+        return replace(
+            self,
+            gate_FD=self.gate_FD.rows(neurons),
+            up_FD=self.up_FD.rows(neurons),
+            down_DF=self.down_DF.columns(neurons).scaled(scale),
+        )
+
+    def cast(self, dtype: str) -> Ffn:
+        """Return the network stored as another dtype."""
+        return replace(
+            self,
+            gate_FD=self.gate_FD.cast(dtype),
+            up_FD=self.up_FD.cast(dtype),
+            down_DF=self.down_DF.cast(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which neurons of which source every expert takes; indices are int64 and may overlap.
+
+    `routed_EN` are neurons per routed expert, `shared_N` those of the shared expert (or None),
+    `source_E` the checkpoint of each row; the scales multiply the experts' outputs.
+    """
+
+    routed_EN: torch.Tensor
+    shared_N: torch.Tensor | None
+    source_E: tuple[int, ...]
+    routed_scale: float = 1.0
+    shared_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one layer."""
+
+    routed: tuple[Ffn, ...]
+    shared: Ffn | None
+
+
+def gather(sources: tuple[Ffn, ...], assignment: Assignment) -> Experts:
+    """Collect every expert's weights from the sources: the one place where neurons move."""
+    routed = tuple(
+        sources[source].select(neurons_N, assignment.routed_scale)
+        for source, neurons_N in zip(assignment.source_E, assignment.routed_EN, strict=True)
+    )
+    shared_N = assignment.shared_N
+    shared = None if shared_N is None else sources[0].select(shared_N, assignment.shared_scale)
+    return Experts(routed, shared)

@@ -1,0 +1,231 @@
+"""The recipe: every choice of a conversion, validated field by field, as YAML and as options.
+
+An unknown key is an error that names the nearest known one; nothing is ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from moe_convert.errors import UsageError
+from moe_convert.experts import Clone, ExpertsNode
+from moe_convert.routers import Router
+
+SCHEMA = "moe-convert/recipe/1"
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class Section(BaseModel):
+    """A part of the recipe; fields it does not define are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceSection(Section):
+    """The dense checkpoint."""
+
+    model: str = Field(
+        description="directory, org/name[@rev], hf://…, file.gguf or package://PACKAGE/FILE.gguf"
+    )
+    revision: str = Field("main", description="branch, tag or commit; the commit is recorded")
+
+
+class TargetSection(Section):
+    """The architecture of the result and the number of its experts."""
+
+    architecture: str = Field("auto", description="auto, or a name from `archs ls`")
+    num_experts: int = Field(8, description="routed experts")
+    top_k: int = Field(2, description="experts per token")
+    shared_experts: int = Field(0, ge=0, description="always-on experts, in units of the expert size")
+    layers: str | list[int] = Field("all", description='all, a slice "4:" or a list "0,2,5"')
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+
+    @field_validator("layers")
+    @classmethod
+    def _valid_layers(cls, value: str | list[int]) -> str | list[int]:
+        chosen_layers(value, 1 << 16)
+        return value
+
+
+class VerifySection(Section):
+    """The check at the end: reload what was written and compare it with the dense model."""
+
+    enabled: bool = True
+    tolerance: float = Field(1e-4, gt=0, description="largest logit difference in fp32")
+    prompts: list[str] = Field(default_factory=list, description="texts to continue greedily")
+
+
+class OutputSection(Section):
+    """Where and how the result is written."""
+
+    dir: str | None = None
+    overwrite: bool = False
+    max_shard_size: str = "5GB"
+    compat: bool = Field(True, description="also write older config keys and an explicit lm_head")
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _valid_size(cls, value: str) -> str:
+        parse_bytes(value)
+        return value
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """Shard size in bytes."""
+        return parse_bytes(self.max_shard_size)
+
+
+class Recipe(Section):
+    """One conversion."""
+
+    schema_id: Literal["moe-convert/recipe/1"] = Field(SCHEMA, alias="schema")
+    name: str | None = None
+    description: str | None = None
+    source: SourceSection
+    target: TargetSection = TargetSection()
+    experts: ExpertsNode = Clone()
+    router: Router = Router()
+    verify: VerifySection = VerifySection()
+    output: OutputSection = OutputSection()
+
+    def as_yaml(self) -> str:
+        """Return the recipe with every default filled in."""
+        data = self.model_dump(mode="json", by_alias=True)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size such as 5GB (powers of ten)."""
+    number, unit = text.strip()[:-2], text.strip()[-2:].upper()
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (KeyError, ValueError):
+        raise ValueError(f"{text!r} is no size; write for example 500MB or 5GB") from None
+    if size < 1:
+        raise ValueError(f"{text!r} is not positive")
+    return size
+
+
+def chosen_layers(layers: str | list[int], num_layers: int) -> tuple[int, ...]:
+    """Return the numbers of the layers that `all`, a slice, a list or "0,2,5" chooses.
+
+    Raises:
+        ValueError: the text is none of these, or a number is outside the model.
+    """
+    if layers == "all":
+        return tuple(range(num_layers))
+    if isinstance(layers, str) and ":" in layers:
+        bounds = [int(part) if part.strip() else None for part in layers.split(":")]
+        if len(bounds) > 3:
+            raise ValueError(f"{layers!r} is no slice; write for example 4: or ::2")
+        return tuple(range(num_layers)[slice(*bounds)])
+    try:
+        numbers = [int(part) for part in layers.split(",")] if isinstance(layers, str) else layers
+    except ValueError:
+        raise ValueError(f"{layers!r} is neither all, nor a slice (4:), nor a list (0,2,5)") from None
+    outside = [n for n in numbers if not -num_layers <= n < num_layers]
+    if outside:
+        raise ValueError(f"layer {outside[0]} does not exist: the model has {num_layers}")
+    return tuple(sorted({n % num_layers for n in numbers}))
+
+
+def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe by gallery name or path and apply `changes` (dotted key to value).
+
+    Raises:
+        UsageError: it is not found, not YAML, or a field is unknown or invalid.
+    """
+    path = find_recipe(name)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path.name} is not valid YAML: {_yaml_place(error)}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read recipe {path.name}: {error}.") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path.name} is no recipe: it must be a mapping with a `schema` key.")
+    if data.get("schema") != SCHEMA:
+        raise UsageError(
+            f"{path.name} has schema {data.get('schema')!r}, expected {SCHEMA!r}.",
+            f"Begin the file with `schema: {SCHEMA}`.",
+        )
+    return build_recipe(data, changes or {})
+
+
+def build_recipe(data: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
+    """Validate recipe data after applying dotted changes.
+
+    Raises:
+        UsageError: a field is unknown, missing or invalid; the sentence names it.
+    """
+    for key, value in changes.items():
+        node = data
+        *parents, last = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"{key} cannot be set: {part} is not a section.")
+        node[last] = value
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from error
+
+
+def _explain(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place, list(_known_keys()), n=1, cutoff=0.5)
+        return f"The recipe has no field {place}." + (f" Did you mean {near[0]}?" if near else "")
+    if problem["type"] == "missing":
+        return f"The recipe needs {place}."
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}."
+
+
+def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        key = prefix + (info.alias or name)
+        yield key
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _known_keys(info.annotation, key + ".")
+
+
+def _yaml_place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or "it cannot be parsed"
+    return f"line {mark.line + 1}: {problem}" if mark else str(problem)
+
+
+def gallery() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name."""
+    packaged = Path(str(resources.files("moe_convert"))) / "recipes"
+    folder = packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: a path, or a gallery name.
+
+    Raises:
+        UsageError: neither exists.
+    """
+    known = gallery()
+    if name in known:
+        return known[name]
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"Did you mean {near[0]}?" if near else "See `moe-convert recipes ls`."
+    raise UsageError(f"There is no recipe {name!r}, neither as a file nor in the gallery.", hint)
+
+

@@ -1,0 +1,291 @@
+"""Load what was written, the way a user would, and hold it against the dense model.
+
+Nothing here knows how the files were made: keys, shapes and dtypes are compared with what
+transformers expects, logits with those of the dense checkpoint.
+
+B sequences · T tokens · V vocabulary · E routed experts
+"""
+
+from __future__ import annotations
+
+import filecmp
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_convert.checkpoint import TOKENIZER_FILES, Source, read_folder, stored_shapes
+from moe_convert.checkpoint.source import read_config
+from moe_convert.errors import SourceError
+from moe_convert.ffn import TORCH_NAMES
+from moe_convert.manifest import Parity, VerifyReport
+from moe_convert.streams import sample_ids
+from moe_convert.targets import TARGETS, MoeTarget
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+PROMPTS = ("The capital of France is",)
+NEW_TOKENS = 12
+RANDOM_TOKENS = 256
+STORED = {name: stored for stored, name in TORCH_NAMES.items()}
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class _Run:
+    """What one model showed on the common inputs."""
+
+    logits_TV: torch.Tensor
+    texts: list[str]
+    router_std: list[float] = field(default_factory=list)
+    exercised: float | None = None
+
+
+def verify(
+    folder: Path,
+    source: Source | None,
+    *,
+    parity: bool = True,
+    tolerance: float = 1e-4,
+    prompts: tuple[str, ...] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> VerifyReport:
+    """Check a written folder; with a dense `source` (folder at hand) its logits are compared too.
+
+    `parity` says whether the logits must agree within `tolerance` in fp32, or are only reported.
+
+    Raises:
+        SourceError: the folder holds no readable checkpoint.
+    """
+    config = read_config(folder / "config.json")
+    target = TARGETS.get(str(config["model_type"]))
+    if target is None:
+        raise SourceError(f"{folder} holds a {config['model_type']}, which is no known MoE target.")
+    report = VerifyReport(passed=False, parity_expected=parity and source is not None)
+    report.tolerance = tolerance
+    _check_files(folder, config, report)
+    if source is not None:
+        _check_tokenizer(folder, source, report)
+    if not report.failures:
+        _check_models(folder, source, config, target, (*PROMPTS, *prompts), report, progress)
+    report.passed = not report.failures
+    return report
+
+
+def _check_files(folder: Path, config: dict[str, Any], report: VerifyReport) -> None:
+    """Compare names, shapes and dtypes with transformers' own, and look for NaN."""
+    from transformers import CONFIG_MAPPING
+
+    expected = stored_shapes(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+    found = read_folder(folder)
+    report.missing_keys = sorted(expected.keys() - found.keys())
+    report.unexpected_keys = sorted(found.keys() - expected.keys())
+    for kind, names in (("missing", report.missing_keys), ("unexpected", report.unexpected_keys)):
+        if names:
+            report.failures.append(f"{len(names)} {kind} tensors, first {names[0]}")
+    dtype = STORED.get(str(config.get("dtype")), "F32")
+    for name in expected.keys() & found.keys():
+        ref = found[name]
+        if ref.shape != expected[name]:
+            report.failures.append(f"{name} has shape {list(ref.shape)}, not {list(expected[name])}")
+        elif ref.dtype != dtype and not name.endswith("correction_bias"):
+            report.failures.append(f"{name} is {ref.dtype}, and config.json says {dtype}")
+        elif ref.nonfinite():
+            report.failures.append(f"{name} holds NaN or infinity")
+
+
+def _check_tokenizer(folder: Path, source: Source, report: VerifyReport) -> None:
+    if source.folder is None:
+        return
+    names = [f for f in source.side_files() if str(f) in TOKENIZER_FILES]
+    differing = [
+        str(name)
+        for name in names
+        if not (folder / name).is_file()
+        or not filecmp.cmp(folder / name, source.folder / name, shallow=False)
+    ]
+    report.tokenizer_identical = not differing
+    if differing:
+        report.failures.append(f"{differing[0]} differs from the source's")
+
+
+def _check_models(
+    folder: Path,
+    source: Source | None,
+    config: dict[str, Any],
+    target: MoeTarget,
+    prompts: tuple[str, ...],
+    report: VerifyReport,
+    progress: Progress,
+) -> None:
+    stored = str(config.get("dtype", "float32"))
+    dtypes = ["float32"] if stored == "float32" else ["float32", stored]
+    total = len(dtypes) * (2 if source else 1)
+    for number, dtype in enumerate(dtypes):
+        progress("verify", number * total // len(dtypes), total)
+        made = _run(folder, stored, dtype, prompts, report, target)
+        if number == 0:
+            report.generation = made.texts
+            report.router_logit_std, report.experts_exercised = made.router_std, made.exercised
+        if source is None:
+            continue
+        assert source.folder is not None
+        progress("verify", number * total // len(dtypes) + 1, total)
+        dense = _run(source.folder, stored, dtype, prompts)
+        report.parity.append(_compare(dense, made, dtype))
+        if number == 0:
+            _judge(report, dense, made)
+    progress("verify", total, total)
+
+
+def _judge(report: VerifyReport, dense: _Run, made: _Run) -> None:
+    """Decide on fp32 parity, where the method promises it."""
+    first = report.parity[0]
+    report.max_abs_diff, report.kl = first.max_abs_diff, first.kl
+    report.top1_agreement = first.top1_agreement
+    if not report.parity_expected:
+        return
+    if not first.max_abs_diff <= report.tolerance:
+        report.failures.append(
+            f"logits differ from the dense model's by {first.max_abs_diff:.2e}, "
+            f"allowed {report.tolerance:.0e}"
+        )
+    if dense.texts != made.texts:
+        report.failures.append("greedy continuations differ from the dense model's")
+
+
+def _run(
+    folder: Path,
+    stored: str,
+    dtype: str,
+    prompts: tuple[str, ...],
+    report: VerifyReport | None = None,
+    target: MoeTarget | None = None,
+) -> _Run:
+    """Load a folder as transformers does and run it on the common inputs.
+
+    Weights are rounded to the dtype in which the result stores them before they are widened, so
+    that dense and converted model have the same ones.
+    """
+    import torch
+
+    model = _load(folder, stored, report)
+    if dtype != stored:
+        model = model.to(getattr(torch, dtype))
+    ids_BT = _inputs(folder, model.config.vocab_size)
+    with torch.no_grad(), _watched_routers(model, target) as watched:
+        logits_TV = torch.cat([model(ids).logits.flatten(0, 1).float() for ids in ids_BT])
+    run = _Run(logits_TV, _continue(model, folder, prompts))
+    if watched:
+        run.router_std = [round(w.std, 4) for w in watched]
+        run.exercised = sum(len(w.chosen) / w.num_experts for w in watched) / len(watched)
+    del model
+    gc.collect()
+    return run
+
+
+def _load(folder: Path, dtype: str, report: VerifyReport | None) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    if report is not None:
+        report.missing_keys = sorted(map(str, info["missing_keys"]))
+        report.unexpected_keys = sorted(map(str, info["unexpected_keys"]))
+        wrong = report.missing_keys + report.unexpected_keys + list(map(str, info["mismatched_keys"]))
+        if wrong:
+            report.failures.append(f"loading reports {len(wrong)} wrong keys, first {wrong[0]}")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _inputs(folder: Path, vocab_size: int) -> list[torch.Tensor]:
+    """Return the sample text and random tokens, so that every expert sees some."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    random = torch.randint(vocab_size, (1, RANDOM_TOKENS), generator=generator)
+    return [sample_ids(folder, vocab_size), random]
+
+
+def _continue(model: PreTrainedModel, folder: Path, prompts: tuple[str, ...]) -> list[str]:
+    """Continue the prompts greedily; without a tokenizer there is nothing to read."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        return []
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        made = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+        texts.append(str(tokenizer.decode(made[0], skip_special_tokens=True)))
+    return texts
+
+
+def _compare(dense: _Run, made: _Run, dtype: str) -> Parity:
+    """Return largest logit difference, mean KL(dense ‖ converted) in nats, top-1 agreement."""
+    import torch
+
+    dense_log = torch.log_softmax(dense.logits_TV, dim=-1)
+    made_log = torch.log_softmax(made.logits_TV, dim=-1)
+    kl = (dense_log.exp() * (dense_log - made_log)).sum(dim=-1).mean()
+    same = dense.logits_TV.argmax(dim=-1) == made.logits_TV.argmax(dim=-1)
+    return Parity(
+        dtype=dtype,
+        max_abs_diff=float((dense.logits_TV - made.logits_TV).abs().max()),
+        kl=max(0.0, float(kl)),
+        top1_agreement=float(same.float().mean()),
+    )
+
+
+@dataclass
+class _Watched:
+    """What one router did."""
+
+    num_experts: int
+    chosen: set[int] = field(default_factory=set)
+    std: float = 0.0
+    _tokens: int = 0
+
+    def see(self, logits_TE: torch.Tensor, chosen_TK: torch.Tensor) -> None:
+        """Add one batch; the std is averaged over batches by their tokens."""
+        tokens = logits_TE.shape[0]
+        std = float(logits_TE.float().std())
+        self.std = (self.std * self._tokens + std * tokens) / (self._tokens + tokens)
+        self._tokens += tokens
+        self.chosen |= set(chosen_TK.unique().tolist())
+
+
+@contextmanager
+def _watched_routers(
+    model: PreTrainedModel, target: MoeTarget | None
+) -> Iterator[list[_Watched]]:
+    """Record logits and choices of every router while the block runs."""
+    watched: list[_Watched] = []
+    hooks = []
+    for name, module in model.named_modules() if target else ():
+        if target is None or not name.endswith("." + target.router_module):
+            continue
+        if not hasattr(module, "weight"):
+            continue
+        watch = _Watched(module.weight.shape[0])
+        watched.append(watch)
+        hooks.append(
+            module.register_forward_hook(
+                lambda _, __, out, watch=watch: watch.see(out[0].flatten(0, -2), out[2])
+            )
+        )
+    try:
+        yield watched
+    finally:
+        for hook in hooks:
+            hook.remove()
