@@ -125,9 +125,7 @@ def _fingerprint(plan: Plan, local: Source) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _write_tensors(
-    plan: Plan, local: Source, partial: Path, progress: Progress
-) -> dict[str, str]:
+def _write_tensors(plan: Plan, local: Source, partial: Path, progress: Progress) -> dict[str, str]:
     writer = CheckpointWriter(partial, plan.shards)
     weights = {name: ref.weight() for name, ref in local.tensors.items()}
     total = sum(spec.num_bytes for spec in plan.specs)
@@ -226,6 +224,7 @@ def _manifest(
     notes = [Warning_(code=n.code, message=n.message, hint=n.hint) for n in plan.warnings]
     return Manifest(
         schema=SCHEMA,
+        exact=plan.exact,
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         recipe=public_recipe(plan).model_dump(mode="json", by_alias=True),
         source=source_info(plan, local),

@@ -1,14 +1,14 @@
 """Every error that a user can cause, each with the exit code of the command that meets it.
 
-    MoeConvertError             1   unexpected failure
-    ├── UsageError              2   option or recipe invalid
-    ├── SourceError             3   source missing, corrupt or unsafe
-    │   └── UnsupportedError    3   its architecture has no exact home
-    ├── DoesNotFitError         4   memory or disk too small, nothing written
-    ├── VerificationError       5   parity or a quality gate failed, output kept and marked
-    ├── HubError                6   Hub, authentication or network
-    ├── OutputExistsError       7   refusing to overwrite
-    └── MissingDependencyError  8   an optional package is not installed
+MoeConvertError             1   unexpected failure
+├── UsageError              2   option or recipe invalid
+├── SourceError             3   source missing, corrupt or unsafe
+│   └── UnsupportedError    3   its architecture has no exact home
+├── DoesNotFitError         4   memory or disk too small, nothing written
+├── VerificationError       5   parity or a quality gate failed, output kept and marked
+├── HubError                6   Hub, authentication or network
+├── OutputExistsError       7   refusing to overwrite
+└── MissingDependencyError  8   an optional package is not installed
 """
 
 from __future__ import annotations

@@ -103,6 +103,7 @@ class Manifest(Model):
 
     schema_id: Literal["moe-convert/manifest/1"] = Field(SCHEMA, alias="schema")
     state: Literal["converted", "verified", "failed"] = "converted"
+    exact: bool
     created_at: str
     recipe: dict[str, Any]
     source: SourceInfo

@@ -44,7 +44,9 @@ class TargetSection(Section):
     architecture: str = Field("auto", description="auto, or a name from `archs ls`")
     num_experts: int = Field(8, description="routed experts")
     top_k: int = Field(2, description="experts per token")
-    shared_experts: int = Field(0, ge=0, description="always-on experts, in units of the expert size")
+    shared_experts: int = Field(
+        0, ge=0, description="always-on experts, in units of the expert size"
+    )
     layers: str | list[int] = Field("all", description='all, a slice "4:" or a list "0,2,5"')
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
 
@@ -130,7 +132,9 @@ def chosen_layers(layers: str | list[int], num_layers: int) -> tuple[int, ...]:
     try:
         numbers = [int(part) for part in layers.split(",")] if isinstance(layers, str) else layers
     except ValueError:
-        raise ValueError(f"{layers!r} is neither all, nor a slice (4:), nor a list (0,2,5)") from None
+        raise ValueError(
+            f"{layers!r} is neither all, nor a slice (4:), nor a list (0,2,5)"
+        ) from None
     outside = [n for n in numbers if not -num_layers <= n < num_layers]
     if outside:
         raise ValueError(f"layer {outside[0]} does not exist: the model has {num_layers}")
@@ -227,5 +231,3 @@ def find_recipe(name: str) -> Path:
     near = difflib.get_close_matches(name, list(known), n=1)
     hint = f"Did you mean {near[0]}?" if near else "See `moe-convert recipes ls`."
     raise UsageError(f"There is no recipe {name!r}, neither as a file nor in the gallery.", hint)
-
-

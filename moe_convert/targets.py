@@ -228,7 +228,9 @@ def _glm4_moe(body: Body, shape: MoeShape) -> dict[str, Any]:
 
 def _same_bias(body: Body) -> str | None:
     if body.qkv_bias != body.o_bias:
-        return f"it has one switch for all biases, and qkv_bias={body.qkv_bias}, o_bias={body.o_bias}"
+        return (
+            f"it has one switch for all biases, and qkv_bias={body.qkv_bias}, o_bias={body.o_bias}"
+        )
     return None
 
 
@@ -237,7 +239,9 @@ def _no_o_bias(body: Body) -> str | None:
 
 
 def _head_norm_only(body: Body) -> str | None:
-    return None if body.qk_norm in {None, "head"} else f"it has no place for qk_norm={body.qk_norm!r}"
+    return (
+        None if body.qk_norm in {None, "head"} else f"it has no place for qk_norm={body.qk_norm!r}"
+    )
 
 
 TARGETS = {

@@ -29,20 +29,18 @@ def open_hub(name: str, revision: str = "main", token: str | None = None) -> Sou
         EntryNotFoundError,
         GatedRepoError,
         HFValidationError,
-        HfHubHTTPError,
         NotASafetensorsRepoError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from httpx import HTTPError
 
     api = HfApi(token=token)
     try:
         return _open_online(api, repo_id, revision)
     except HFValidationError as error:
         raise SourceError(
-            f"There is no folder {name!r}, and it is no Hub name.", "Check the path, or give org/name."
+            f"There is no folder {name!r}, and it is no Hub name.",
+            "Check the path, or give org/name.",
         ) from error
     except GatedRepoError as error:
         raise HubError(
@@ -57,7 +55,7 @@ def open_hub(name: str, revision: str = "main", token: str | None = None) -> Sou
         raise SourceError(f"{repo_id} has no revision {revision}.") from error
     except (EntryNotFoundError, NotASafetensorsRepoError):
         return _open_cached(repo_id, revision, token, local=False)
-    except (OfflineModeIsEnabled, HTTPError, OSError, HfHubHTTPError) as error:
+    except OSError as error:
         try:
             return _open_cached(repo_id, revision, token, local=True)
         except HubError:

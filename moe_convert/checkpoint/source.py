@@ -112,7 +112,8 @@ def _open_file(path: Path) -> Source:
         raise SourceError(f"There is no file {path}.", "Check the path.")
     if path.suffix != ".gguf":
         raise SourceError(
-            f"{path.name} is not a checkpoint.", "Give the folder that holds config.json, or a GGUF."
+            f"{path.name} is not a checkpoint.",
+            "Give the folder that holds config.json, or a GGUF.",
         )
     from moe_convert.checkpoint.gguf import open_gguf
 
@@ -147,7 +148,8 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SourceError(
-            f"{path.parent.name} has no config.json.", "Give the folder of a Hugging Face checkpoint."
+            f"{path.parent.name} has no config.json.",
+            "Give the folder of a Hugging Face checkpoint.",
         ) from error
     except (ValueError, UnicodeDecodeError) as error:
         raise SourceError("config.json is not valid JSON.", "Download it again.") from error

@@ -16,14 +16,11 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from moe_convert.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME, TensorRef
 from moe_convert.errors import DoesNotFitError, MoeConvertError, SourceError
 from moe_convert.ffn import ITEM_BITS, Weight, torch_dtype
-
-if TYPE_CHECKING:
-    import torch
 
 BLOCK_BYTES = 1 << 24
 JOURNAL_NAME = ".progress"
@@ -147,7 +144,7 @@ class CheckpointWriter:
             )
         try:
             if weight.stored is not None:
-                self._copy(cast(TensorRef, weight.stored), self._files[number], position)
+                self._copy(cast("TensorRef", weight.stored), self._files[number], position)
             else:
                 _write_all(self._files[number], _to_bytes(weight), position)
         except OSError as error:
@@ -185,7 +182,9 @@ class CheckpointWriter:
         """
         missing = [name for name in self._places if name not in self._written]
         if missing:
-            raise MoeConvertError(f"The conversion wrote no {missing[0]}, which the plan announced.")
+            raise MoeConvertError(
+                f"The conversion wrote no {missing[0]}, which the plan announced."
+            )
         hashes = self._hasher.result()
         self.close()
         if len(self.shards) > 1:
@@ -309,7 +308,9 @@ class _Hasher:
         with path.open("rb", buffering=0) as file:
             while position < size_bytes:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._stopped or self._allowed[number] > position)
+                    self._changed.wait_for(
+                        lambda: self._stopped or self._allowed[number] > position
+                    )
                     if self._stopped:
                         return None
                     allowed = self._allowed[number]

@@ -1,0 +1,340 @@
+"""How results, progress and errors look: tables for people, one JSON object for programs.
+
+Results go to stdout and everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moe_convert import __version__
+from moe_convert.errors import MoeConvertError
+
+if TYPE_CHECKING:
+    from moe_convert.manifest import Manifest, VerifyReport
+    from moe_convert.plan import Plan
+
+RESULT_SCHEMA = "moe-convert/result/1"
+PHASES = {"source": "fetch source", "convert": "convert", "verify": "verify"}
+PLAIN_INTERVAL_S = 5.0
+
+Format = Literal["auto", "human", "json", "quiet"]
+Report = Callable[[str, int, int], None]
+
+
+def num_bytes(count: float) -> str:
+    """Return a size for people, in powers of ten."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def num_params(count: int) -> str:
+    """Return a parameter count for people."""
+    if count >= 10**9:
+        return f"{count / 1e9:.2f} B"
+    return f"{count / 1e6:.1f} M" if count >= 10**6 else f"{count / 1e3:.1f} k"
+
+
+@dataclass
+class Output:
+    """Where one command's output goes."""
+
+    command: str
+    format: Format = "auto"
+    show_progress: bool = True
+    verbose: int = 0
+    started: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        """Open the consoles; `auto` means human."""
+        if self.format == "auto":
+            self.format = "human"
+        self.out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.err = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+    @property
+    def human(self) -> bool:
+        """Whether a person reads."""
+        return self.format == "human"
+
+    def say(self, what: object) -> None:
+        """Print a message for people, to stderr."""
+        if self.human:
+            self.err.print(what)
+
+    def result(
+        self,
+        sections: Mapping[str, Any],
+        *,
+        quiet: str,
+        human: Callable[[Console], None],
+        status: str = "ok",
+        error: MoeConvertError | None = None,
+    ) -> None:
+        """Print a command's result in the wanted format."""
+        if self.format == "json":
+            print(json.dumps(self.envelope(sections, status, error)), file=sys.stdout)  # noqa: T201
+        elif self.format == "quiet":
+            print(quiet, file=sys.stdout)  # noqa: T201
+        else:
+            human(self.out)
+
+    def envelope(
+        self, sections: Mapping[str, Any], status: str, error: MoeConvertError | None
+    ) -> dict[str, Any]:
+        """Return the JSON object that every command prints."""
+        started = datetime.datetime.fromtimestamp(self.started, datetime.timezone.utc)
+        found = error and {"code": error.code, "message": error.message, "hint": error.hint}
+        return {
+            "schema": RESULT_SCHEMA,
+            "command": self.command,
+            "status": status,
+            "exit_code": error.exit_code if error else 0,
+            "version": {"moe-convert": __version__},
+            "started_at": started.isoformat(timespec="seconds"),
+            "duration_s": round(time.time() - self.started, 3),
+            "warnings": [],
+            **sections,
+            "error": found,
+        }
+
+    def fail(
+        self, sections: Mapping[str, Any], error: MoeConvertError, human: Callable[[Console], None]
+    ) -> None:
+        """Print a result whose check failed, and why."""
+        self.result(sections, quiet="fail", human=human, status="gate_failed", error=error)
+        self._complain(error)
+
+    def error(self, error: MoeConvertError, status: str = "failed") -> None:
+        """Print an error: one line on stderr, and the envelope where a program reads."""
+        if self.format == "json":
+            envelope = self.envelope({}, status, error)
+            print(json.dumps(envelope), file=sys.stdout)  # noqa: T201
+        self._complain(error)
+
+    def _complain(self, error: MoeConvertError) -> None:
+        self.err.print(f"[bold red]error:[/] {_plain(error.message)} {_plain(error.hint)}".rstrip())
+
+    def warn(self, notes: Any) -> None:
+        """Print warnings for people; programs find them in the envelope."""
+        if self.format == "json":
+            return
+        for note in notes:
+            self.err.print(
+                f"[yellow]warning:[/] {_plain(note.message)} {_plain(note.hint)}".rstrip()
+            )
+
+    @contextmanager
+    def progress(self) -> Iterator[Report]:
+        """Show a bar with rate and time left, or plain lines where there is no terminal."""
+        if not self.show_progress or not self.human:
+            yield lambda what, done, total: None
+        elif self.err.is_terminal:
+            with _bar(self.err) as bar:
+                yield _BarReport(bar)
+        else:
+            yield _LineReport(self.err)
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Show that something of unknown length runs."""
+        if self.show_progress and self.human and self.err.is_terminal:
+            with self.err.status(what):
+                yield
+        else:
+            yield
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<13}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class _BarReport:
+    """Draws one bar per phase."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar, self._tasks, self._since = bar, dict[str, Any](), dict[str, float]()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(PHASES.get(what, what), total=total, rate="")
+            self._since[what] = time.monotonic()
+        seconds = max(time.monotonic() - self._since[what], 1e-3)
+        rate = f"{num_bytes(done / seconds)}/s" if what == "convert" else ""
+        self._bar.update(self._tasks[what], completed=done, total=total, rate=rate)
+
+
+class _LineReport:
+    """Prints a line when a phase begins, now and then while it runs, and when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, ("", 0.0)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        name, since = self._last
+        now = time.monotonic()
+        if name != what or now - since > PLAIN_INTERVAL_S or (done == total and total > 1):
+            self._console.print(f"{PHASES.get(what, what)}: {100 * done // max(total, 1)}%")
+            self._last = (what, now)
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return what the conversion will make and take."""
+    shape, estimate, body = plan.shape, plan.estimate, plan.layout.body
+    dense = f" ({len(shape.dense_layers)} stay dense)" if shape.dense_layers else ""
+    shared = f" + {shape.num_shared} shared" if shape.num_shared else ""
+    verify_ram = f", {num_bytes(estimate.verify_ram_bytes)} to verify"
+    rows = {
+        "source": f"{plan.source.name}  {plan.layout.family.model_type}, "
+        f"{num_params(plan.params_dense)} parameters, {plan.source.dtype}",
+        "target": f"{plan.target.model_type} ({plan.target.architecture})",
+        "method": f"{plan.recipe.experts.method} ({plan.recipe.experts.paper}), "
+        f"router {plan.recipe.router.kind}",
+        "experts": f"{shape.num_experts} routed{shared}, top-{shape.top_k}, width "
+        f"{shape.expert_size} in {len(shape.moe_layers)} of {body.num_layers} layers{dense}",
+        "parameters": f"{num_params(plan.params_total)} total, "
+        f"{num_params(plan.params_active)} active per token",
+        "tensors": f"{len(plan.specs)} in {len(plan.shards)} files, stored as {plan.dtype}",
+        "step 0": "exactly the dense function" if plan.exact else "differs from the dense function",
+        "download": num_bytes(estimate.download_bytes),
+        "disk": f"{num_bytes(estimate.disk_bytes)} of {num_bytes(estimate.free_disk_bytes)} free",
+        "memory": f"{num_bytes(estimate.ram_bytes)}{verify_ram if plan.recipe.verify.enabled else ''}"
+        f" of {num_bytes(estimate.free_ram_bytes)} free",
+        "time": f"{estimate.time_s[0]:.0f} to {estimate.time_s[1]:.0f} s (disks of 2 to 0.2 GB/s)",
+        "output": str(plan.output),
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold cyan")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, _plain(value))
+    for engine, notes in plan.engines.items():
+        table.add_row(engine, _plain("; ".join(notes)) if notes else "loads it, no known trap")
+    for target, reasons in plan.refused.items():
+        table.add_row(f"not {target}", _plain("; ".join(reasons)))
+    return table
+
+
+def tensor_table(plan: Plan) -> Table:
+    """Return every tensor of the result."""
+    table = Table("tensor", "dtype", "shape", "file", box=None)
+    for shard in plan.shards:
+        for spec in shard.specs:
+            table.add_row(spec.name, spec.dtype, _plain(str(list(spec.shape))), shard.file)
+    return table
+
+
+def verify_lines(report: VerifyReport) -> Iterator[str]:
+    """Yield what a verification found, line by line."""
+    yield f"keys      {len(report.missing_keys)} missing, {len(report.unexpected_keys)} unexpected"
+    for parity in report.parity:
+        yield (
+            f"parity    {parity.dtype}: max |logit difference| {parity.max_abs_diff:.2e}, "
+            f"KL {parity.kl:.2e}, top-1 agreement {parity.top1_agreement:.2%}"
+        )
+    if not report.parity:
+        yield "parity    not checked: no dense source at hand"
+    if report.router_logit_std:
+        low, high = min(report.router_logit_std), max(report.router_logit_std)
+        yield f"router    measured logit std {low:.3g} to {high:.3g} over the layers"
+    if report.experts_exercised is not None:
+        yield f"experts   {report.experts_exercised:.0%} were used by the check's tokens"
+    if report.tokenizer_identical is not None:
+        yield f"tokenizer {'identical' if report.tokenizer_identical else 'differs'}"
+    for text in report.generation:
+        yield f"generates {text!r}"
+    for failure in report.failures:
+        yield f"FAILED    {failure}"
+
+
+def verify_section(report: VerifyReport) -> dict[str, Any]:
+    """Return the JSON section of a verification; what was not measured is left out."""
+    return report.model_dump(exclude_none=True)
+
+
+def plan_sections(plan: Plan) -> dict[str, Any]:
+    """Return the JSON sections of a plan."""
+    from moe_convert.convert import source_info, target_info
+
+    estimate = plan.estimate
+    target = target_info(plan).model_dump()
+    target["path"] = str(plan.output)
+    target["files"] = [{"path": s.file, "size": s.num_bytes} for s in plan.shards]
+    target["tensors"] = [
+        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in plan.specs
+    ]
+    return {
+        "source": source_info(plan).model_dump(),
+        "target": target,
+        "estimate": {
+            "download_bytes": estimate.download_bytes,
+            "ram_bytes": estimate.ram_bytes,
+            "verify_ram_bytes": estimate.verify_ram_bytes,
+            "vram_bytes": 0,
+            "disk_bytes": estimate.disk_bytes,
+            "time_s": list(estimate.time_s),
+            "fits": estimate.fits,
+            "assumptions": ["disks write 0.2 to 2 GB/s", "conversion runs on the CPU"],
+        },
+        "engines": {name: list(notes) for name, notes in plan.engines.items()},
+        "warnings": [{"code": n.code, "message": n.message, "hint": n.hint} for n in plan.warnings],
+    }
+
+
+def manifest_sections(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Return the JSON sections of a finished folder."""
+    sections: dict[str, Any] = {
+        "source": manifest.source.model_dump(),
+        "target": {**manifest.target.model_dump(), "path": str(folder)},
+        "artifacts": {"model": str(folder), "manifest": str(folder / "moe_convert.json")},
+        "warnings": [note.model_dump() for note in manifest.warnings],
+    }
+    if manifest.verify is not None:
+        sections["verify"] = verify_section(manifest.verify)
+    return sections
+
+
+def quiet_libraries(verbose: int, log_file: Path | None) -> None:
+    """Keep other libraries' messages and bars off the terminal, and log where it was asked for."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if verbose > 1 else "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    logger = logging.getLogger("moe_convert")
+    logger.setLevel(logging.DEBUG if log_file else level)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if verbose else []
+    if log_file:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
