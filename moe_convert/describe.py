@@ -52,7 +52,7 @@ def _target(target: MoeTarget) -> list[str]:
     lines = [
         f"class: {target.architecture}",
         f"router: {ROUTING[target.scoring]}; weights of the chosen sum to "
-        f"{'a constant, so clones are exact' if target.weights_sum else 'a value of the router'}",
+        f"{'a constant, so clones are exact' if target.weights_sum is not None else 'a value of the router'}",
         f"shared experts: {SHARED[target.shared]}",
         f"dense layers between: {DENSE[target.dense_layers]}",
         f"can hold: {', '.join([*target.holds, *target.always]) or 'a plain Llama body'}; {refused}",

@@ -140,6 +140,17 @@ def concatenated(parts: list[Weight], axis: int) -> Weight:
     return Weight(tuple(shape), parts[0].dtype, load)
 
 
+def stack(parts: list[Weight]) -> Weight:
+    """Return equally shaped parts along a new first axis."""
+
+    def load() -> torch.Tensor:
+        import torch
+
+        return torch.stack([part.load() for part in parts])
+
+    return Weight((len(parts), *parts[0].shape), parts[0].dtype, load)
+
+
 @dataclass(frozen=True)
 class Ffn:
     """One feed-forward network: `down(act(gate x) * up x)`."""
@@ -183,12 +194,12 @@ class Ffn:
 class Assignment:
     """Which neurons of which source every expert takes; indices are int64 and may overlap.
 
-    `routed_EN` are neurons per routed expert, `shared_N` those of the shared expert (or None),
+    `routed_EN` are neurons per routed expert, `shared_N` those of the shared expert (may be none),
     `source_E` the checkpoint of each row; the scales multiply the experts' outputs.
     """
 
     routed_EN: torch.Tensor
-    shared_N: torch.Tensor | None
+    shared_N: torch.Tensor
     source_E: tuple[int, ...]
     routed_scale: float = 1.0
     shared_scale: float = 1.0
@@ -199,7 +210,7 @@ class Experts:
     """The experts of one layer."""
 
     routed: tuple[Ffn, ...]
-    shared: Ffn | None
+    shared: Ffn
 
 
 def gather(sources: tuple[Ffn, ...], assignment: Assignment) -> Experts:
@@ -208,6 +219,4 @@ def gather(sources: tuple[Ffn, ...], assignment: Assignment) -> Experts:
         sources[source].select(neurons_N, assignment.routed_scale)
         for source, neurons_N in zip(assignment.source_E, assignment.routed_EN, strict=True)
     )
-    shared_N = assignment.shared_N
-    shared = None if shared_N is None else sources[0].select(shared_N, assignment.shared_scale)
-    return Experts(routed, shared)
+    return Experts(routed, sources[0].select(assignment.shared_N, assignment.shared_scale))

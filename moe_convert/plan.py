@@ -19,6 +19,7 @@ from moe_convert.families import Body, DenseFamily, find_family, split_name
 from moe_convert.ffn import TORCH_NAMES, Experts, Ffn, Weight
 from moe_convert.recipe import DTYPES, Recipe, chosen_layers
 from moe_convert.targets import TARGETS, MoeShape, MoeTarget, candidates, with_legacy_keys
+from moe_convert.targets.base import EMBEDDING
 
 GROUPED_MM_BYTES = 16
 INTERPRETER_BYTES = 450 * 10**6
@@ -128,7 +129,8 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether the result must compute the dense function before any training."""
-        return self.recipe.experts.exact(self.target, self.shape)
+        neutral = self.recipe.router.kind == "zeros"
+        return self.recipe.experts.exact(self.target, self.shape, neutral)
 
     @property
     def engines(self) -> dict[str, tuple[str, ...]]:
@@ -151,13 +153,17 @@ def plan_source(recipe: Recipe, source: Source) -> Plan:
     """Resolve a recipe against an opened source; see `make_plan`."""
     family, body = find_family(source.config)
     _check_tensors(source)
-    if "lm_head.weight" in source.tensors:
-        body = replace(body, tied=False)
+    body = replace(
+        body,
+        tied=body.tied and "lm_head.weight" not in source.tensors,
+        max_positions=min(body.max_positions, recipe.target.max_positions or body.max_positions),
+    )
     target, refused = choose_target(recipe, family, body)
     dtype = DTYPES.get(recipe.target.dtype, source.dtype)
     shape = choose_shape(recipe, body, target)
     _check_width(shape, body, dtype)
-    layout = Layout(family, body, target, shape, dtype, body.tied and recipe.output.compat)
+    untie = body.tied and (recipe.output.compat or target.folds_embedding(body))
+    layout = Layout(family, body, target, shape, dtype, untie)
     steps = tuple(announce(layout, source))
     specs = [spec for step in steps for spec in step.specs]
     plan = Plan(
@@ -238,7 +244,7 @@ def choose_shape(recipe: Recipe, body: Body, target: MoeTarget) -> MoeShape:
         raise UsageError(f"--layers: {error}.") from error
     if not layers:
         raise UsageError(f"--layers {wanted.layers} chooses no layer of {body.num_layers}.")
-    size = recipe.experts.expert_size(body.ffn_size)
+    size = recipe.experts.expert_size(body.ffn_size, wanted.num_experts + wanted.shared_experts)
     shape = MoeShape(
         num_experts=wanted.num_experts,
         top_k=wanted.top_k,
@@ -247,8 +253,11 @@ def choose_shape(recipe: Recipe, body: Body, target: MoeTarget) -> MoeShape:
         dense_size=body.ffn_size,
         num_layers=body.num_layers,
         moe_layers=layers,
-        routed_scale=recipe.experts.routed_scale(target, wanted.shared_experts * size),
+        num_groups=wanted.num_groups,
+        top_groups=wanted.top_groups,
     )
+    _check_groups(shape, target)
+    shape = replace(shape, routed_scale=recipe.experts.routed_scale(target, shape))
     if not target.allows_dense(shape):
         able = [name for name, row in TARGETS.items() if row.allows_dense(shape)]
         raise UsageError(
@@ -256,6 +265,29 @@ def choose_shape(recipe: Recipe, body: Body, target: MoeTarget) -> MoeShape:
             f"Targets that can: {', '.join(able)}.",
         )
     return shape
+
+
+def _check_groups(shape: MoeShape, target: MoeTarget) -> None:
+    groups, best = shape.num_groups, shape.top_groups
+    if groups == 1 and best == 1:
+        return
+    if not target.groups:
+        able = ", ".join(name for name, row in TARGETS.items() if row.groups)
+        raise UsageError(
+            f"{target.model_type} has no expert groups.", f"Targets with groups: {able}."
+        )
+    size = shape.num_experts // groups
+    if shape.num_experts % groups or size < 2 or not 1 <= best <= groups:
+        raise UsageError(
+            f"{shape.num_experts} experts do not form {groups} groups of two or more, of which "
+            f"{best} may be used."
+        )
+    if best * size < shape.top_k:
+        raise UsageError(
+            f"The best {best} of {groups} groups hold {best * size} experts, and --top-k asks for "
+            f"{shape.top_k}.",
+            "Raise target.top_groups.",
+        )
 
 
 def _check_width(shape: MoeShape, body: Body, dtype: str) -> None:
@@ -311,16 +343,21 @@ def lay_out(
     `weights` are the source's tensors, and `make` returns experts and router of an MoE layer.
     """
     rest: dict[int | None, Named] = {}
-    for name, weight in layout.family.rest(weights):
-        if "rotary_emb.inv_freq" not in name:
-            rest.setdefault(split_name(name)[0], []).append((name, weight.cast(layout.dtype)))
+    for name, weight in _rest(layout, weights):
+        rest.setdefault(split_name(name)[0], []).append((name, weight.cast(layout.dtype)))
     around = rest.get(None, [])
-    embedding = [pair for pair in around if "embed" in pair[0]]
-    yield "before", None, embedding
+    yield "before", None, [pair for pair in around if "embed" in pair[0]]
     for layer in range(layout.body.num_layers):
         yield f"layer {layer}", layer, rest.get(layer, []) + _ffn(layout, weights, make, layer)
-    head = [("lm_head.weight", embedding[0][1])] if layout.untie else []
-    yield "after", None, [pair for pair in around if "embed" not in pair[0]] + head
+    yield "after", None, [pair for pair in around if "embed" not in pair[0]]
+
+
+def _rest(layout: Layout, weights: Mapping[str, Weight]) -> Iterator[tuple[str, Weight]]:
+    """Yield everything outside the FFNs as the target stores it."""
+    for name, weight in layout.family.rest(weights, layout.body):
+        yield from layout.target.place(name, weight, layout.body)
+    if layout.untie:
+        yield "lm_head.weight", weights[EMBEDDING]
 
 
 def _ffn(
@@ -331,7 +368,8 @@ def _ffn(
 ) -> Named:
     if layer in layout.shape.moe_layers:
         experts, router_ED = make(layer)
-        return list(layout.target.tensors(layer, experts, router_ED))
+        target, body, shape = layout.target, layout.body, layout.shape
+        return list(target.tensors(layer, experts, router_ED, body, shape))
     ffn = layout.family.ffn(layer, weights, layout.body).cast(layout.dtype)
     return list(layout.target.dense_tensors(layer, ffn))
 
@@ -459,7 +497,7 @@ def check_fits(plan: Plan, force: bool) -> None:
 
 def _warnings(plan: Plan) -> Iterator[Note]:
     shape, estimate = plan.shape, plan.estimate
-    if shape.top_k == 1 and plan.target.weights_sum:
+    if shape.top_k == 1 and plan.target.weights_sum is not None:
         yield Note(
             "top1_renormalized",
             "With --top-k 1 the chosen expert always weighs one, so the router gets no gradient.",

@@ -49,6 +49,9 @@ class TargetSection(Section):
     )
     layers: str | list[int] = Field("all", description='all, a slice "4:" or a list "0,2,5"')
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    num_groups: int = Field(1, ge=1, description="groups of adjacent experts")
+    top_groups: int = Field(1, ge=1, description="groups that a token may use")
+    max_positions: int | None = Field(None, ge=1, description="shorten the context length")
 
     @field_validator("layers")
     @classmethod

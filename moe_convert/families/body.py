@@ -1,4 +1,4 @@
-"""Dense families: what each one's config means and where its feed-forward weights lie.
+"""What a dense family row is, and the body of a decoder that it describes.
 
 A family row translates a Hugging Face config into a `Body`, the vocabulary in which every target
 says what it can hold, and its tensors into Llama's names. An attribute that no row understands is
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from moe_convert.errors import SourceError, UnsupportedError
+from moe_convert.errors import UnsupportedError
 from moe_convert.ffn import Ffn, Weight
+from moe_convert.transforms import plus_one, split_rows
 
 Config = Mapping[str, Any]
 
@@ -27,6 +28,13 @@ class Body:
     The fields without default say how large it is, and every target has a place for them. Each of
     the others is a feature: where it differs from its default, a target that has no place for it
     cannot hold the body.
+
+    `norm` is rms, layer (LayerNorm with bias), layer_nobias or layer_plain (no weights at all).
+    `block` is where the norms stand: pre, post (on the outputs only), sandwich (both) or parallel
+    (attention and FFN read the same norm). `qk_norm` is None, head (per head) or full (before the
+    heads are split). `local_rope` is the rope of sliding layers where it differs from `rope`.
+    `exact_below` is the context length up to which this description is complete. `native` names a
+    token mixer that only its own sibling has; its config keys then travel in `carried`.
     """
 
     vocab_size: int
@@ -45,10 +53,23 @@ class Body:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    norm: str = "rms"
+    block: str = "pre"
     qk_norm: str | None = None
+    clip_qkv: float | None = None
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    nope_layers: tuple[int, ...] = ()
     partial_rotary: float = 1.0
+    interleaved_rope: bool = False
+    local_rope: Mapping[str, Any] | None = None
+    exact_below: int | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_divisor: float = 1.0
+    final_softcap: float | None = None
+    native: str | None = None
 
     @property
     def plain_head_dim(self) -> bool:
@@ -56,8 +77,11 @@ class Body:
         return self.head_dim * self.num_heads == self.hidden_size
 
 
-FEATURES = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "sliding_window", "layer_types",
-            "partial_rotary")  # fmt: skip
+FEATURES = tuple(
+    f.name
+    for f in fields(Body)
+    if f.name not in {"head_dim", "carried"} and f.default is not MISSING
+)
 """Body fields that a target must have a place for when they differ from their default."""
 
 SIZES = {
@@ -89,16 +113,31 @@ IGNORED = frozenset({
 
 @dataclass(frozen=True)
 class FfnNames:
-    """Where a family keeps one layer's FFN, relative to the layer."""
+    """Where a family keeps one layer's FFN, relative to the layer; `fused` if gate holds up too."""
 
     gate: str = "mlp.gate_proj.weight"
     up: str = "mlp.up_proj.weight"
     down: str = "mlp.down_proj.weight"
+    fused: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """All tensors of the FFN."""
         return tuple(dict.fromkeys((self.gate, self.up, self.down)))
+
+
+Rule = Callable[[Weight, Body], Mapping[str, Weight]]
+"""Turns one tensor of a family into tensors with Llama's names."""
+
+
+def renamed(name: str) -> Rule:
+    """Keep the value under another name."""
+    return lambda weight, body: {name: weight}
+
+
+def plus_one_as(name: str) -> Rule:
+    """Norms that are applied as `1 + w`, under the given name."""
+    return lambda weight, body: {name: plus_one(weight)}
 
 
 @dataclass(frozen=True)
@@ -107,8 +146,10 @@ class DenseFamily:
 
     `fields` maps Body fields to config attributes where they differ from `SIZES`; `fixed` are
     features that every member has; `only` lists attributes of which some values are understood and
-    the others refused; `refine` computes what is not a plain copy. `ffn_norm` is the norm whose
-    output the FFN, and so the router, receives.
+    the others refused; `also_read` those that `refine` uses, which computes what is not a plain
+    copy; `carries` go through unchanged to a sibling. `tensors` holds a rule for each tensor that is
+    not called, shaped or valued as in Llama, by its name inside the layer. `ffn_norm` is the norm
+    whose output the FFN, and so the router, receives.
     """
 
     model_type: str
@@ -120,6 +161,8 @@ class DenseFamily:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     also_read: tuple[str, ...] = ()
     refine: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    carries: tuple[str, ...] = ()
+    tensors: Mapping[str, Rule] = field(default_factory=dict)
     ffn_names: FfnNames = FfnNames()
     ffn_norm: str | None = "post_attention_layernorm.weight"
     ffn_module: str = "mlp"
@@ -131,7 +174,7 @@ class DenseFamily:
             UnsupportedError: an attribute is unknown or has a value that is not understood.
         """
         fields = {**SIZES, **self.fields}
-        known = {*fields.values(), *CARRIED, *IGNORED, *self.only, *self.also_read}
+        known = {*fields.values(), *CARRIED, *IGNORED, *self.only, *self.also_read, *self.carries}
         unknown = sorted(k for k in given if k not in known and not k.startswith("_"))
         if unknown:
             raise UnsupportedError(
@@ -148,22 +191,37 @@ class DenseFamily:
         values = {ours: config.get(theirs) for ours, theirs in fields.items()}
         return Body(
             **{**values, **_common(config), **self.fixed, **self.refine(config)},
-            carried={name: config.get(name) for name in CARRIED},
+            carried={name: config.get(name) for name in (*CARRIED, *self.carries)},
         )
 
     def ffn(self, layer: int, tensors: Mapping[str, Weight], body: Body) -> Ffn:
-        """Return one layer's FFN, nothing read."""
+        """Return one layer's FFN, nothing read.
+
+        A fused gate_up is cut in two; where gate and up are the same tensor, relu(x)² is computed
+        as relu(x) · x.
+        """
         names = self.ffn_names
         gate, up, down = (
             tensors[layer_name(layer, name)] for name in (names.gate, names.up, names.down)
         )
+        if names.fused:
+            gate, up = split_rows(gate, (body.ffn_size, body.ffn_size))
         return Ffn(gate, up, down, body.act)
 
-    def rest(self, tensors: Mapping[str, Weight]) -> Iterator[tuple[str, Weight]]:
+    def rest(self, tensors: Mapping[str, Weight], body: Body) -> Iterator[tuple[str, Weight]]:
         """Yield every tensor outside the FFNs under Llama's name, in the order of the layers."""
         for name in sorted(tensors, key=order):
-            if split_name(name)[1] not in self.ffn_names.names:
+            layer, inside = split_name(name)
+            if layer is not None and inside in self.ffn_names.names:
+                continue
+            if "rotary_emb.inv_freq" in name:
+                continue
+            rule = self.tensors.get(inside)
+            if rule is None:
                 yield name, tensors[name]
+                continue
+            for new, weight in rule(tensors[name], body).items():
+                yield new if layer is None else layer_name(layer, new), weight
 
 
 def layer_name(layer: int, name: str) -> str:
@@ -203,79 +261,3 @@ def windows(config: Config) -> dict[str, Any]:
     if "sliding_attention" not in types or window is None:
         return {"sliding_window": None, "layer_types": None}
     return {"sliding_window": window, "layer_types": None if len(set(types)) == 1 else types}
-
-
-QWEN_WINDOW = ("use_sliding_window", "max_window_layers", "layer_types", "sliding_window")
-
-FAMILIES = {
-    row.model_type: row
-    for row in (
-        DenseFamily(
-            "llama",
-            "LlamaForCausalLM",
-            targets=("mixtral", "glm4_moe", "qwen2_moe"),
-            examples="Llama 2 and 3, TinyLlama, SmolLM2, Falcon3, Yi",
-            fields={"mlp_bias": "mlp_bias"},
-            also_read=("attention_bias",),
-            refine=lambda c: {"qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]},
-        ),
-        DenseFamily(
-            "mistral",
-            "MistralForCausalLM",
-            targets=("mixtral", "glm4_moe", "qwen2_moe"),
-            examples="Mistral 7B, Nemo",
-            fields={"sliding_window": "sliding_window"},
-        ),
-        DenseFamily(
-            "qwen2",
-            "Qwen2ForCausalLM",
-            targets=("qwen2_moe", "glm4_moe"),
-            examples="Qwen2, Qwen2.5",
-            fixed={"qkv_bias": True},
-            also_read=QWEN_WINDOW,
-            refine=windows,
-        ),
-        DenseFamily(
-            "qwen3",
-            "Qwen3ForCausalLM",
-            targets=("qwen3_moe", "glm4_moe"),
-            examples="Qwen3 0.6B to 32B",
-            fixed={"qk_norm": "head"},
-            also_read=(*QWEN_WINDOW, "attention_bias"),
-            refine=lambda c: {
-                **windows(c),
-                "qkv_bias": c["attention_bias"],
-                "o_bias": c["attention_bias"],
-            },
-        ),
-    )
-}
-"""Every dense family, by model type."""
-
-
-def find_family(config: Config) -> tuple[DenseFamily, Body]:
-    """Return the family row and the body of a config.json.
-
-    Raises:
-        UnsupportedError: no row has this model type, or an attribute is not understood.
-        SourceError: transformers rejects the config.
-    """
-    from transformers import CONFIG_MAPPING
-
-    model_type = str(config["model_type"])
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise UnsupportedError(
-            f"No stock MoE architecture is known to hold {model_type} models exactly.",
-            f"Supported: {', '.join(FAMILIES)}; see `moe-convert archs ls`.",
-        )
-    try:
-        full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
-    except Exception as error:
-        raise SourceError(f"transformers rejects this config.json: {_first_line(error)}") from error
-    return family, family.body(full, config)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__

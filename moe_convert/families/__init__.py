@@ -1,0 +1,51 @@
+"""Dense families: what each one's config means and where its feed-forward weights lie.
+
+A family row translates a Hugging Face config into a `Body`, the vocabulary in which every target
+says what it can hold, and its tensors into Llama's names. An attribute that no row understands is
+refused by name, so nothing is lost in silence. To add a family, add a row to one of the modules.
+"""
+
+from __future__ import annotations
+
+from moe_convert.errors import SourceError, UnsupportedError
+from moe_convert.families import llama
+from moe_convert.families.body import Body, Config, DenseFamily, layer_name, order, split_name
+
+MODULES = (llama,)
+
+FAMILIES: dict[str, DenseFamily] = {
+    row.model_type: row for module in MODULES for row in module.ROWS
+}
+"""Every dense family, by model type."""
+
+
+def find_family(config: Config) -> tuple[DenseFamily, Body]:
+    """Return the family row and the body of a config.json.
+
+    Raises:
+        UnsupportedError: no row has this model type, or an attribute is not understood.
+        SourceError: transformers rejects the config.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = str(config["model_type"])
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise UnsupportedError(
+            f"No stock MoE architecture is known to hold {model_type} models exactly.",
+            f"Supported: {', '.join(FAMILIES)}; see `moe-convert archs ls`.",
+        )
+    try:
+        full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+    except Exception as error:
+        raise SourceError(f"transformers rejects this config.json: {_first_line(error)}") from error
+    return family, family.body(full, config)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
+
+
+__all__ = ["FAMILIES", "Body", "Config", "DenseFamily", "find_family", "layer_name", "order",
+           "split_name"]  # fmt: skip

@@ -1,0 +1,287 @@
+"""What an MoE target row is: what the architecture can hold, and its names on disk.
+
+D hidden size · E routed experts · N neurons per expert
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from moe_convert.families.body import FEATURES, SIZES, Body, Rule, layer_name, split_name
+from moe_convert.ffn import Experts, Ffn, Weight, concatenated, stack
+from moe_convert.transforms import half_split
+
+EMBEDDING = "model.embed_tokens.weight"
+FOLDED = frozenset({"embedding_multiplier", "interleaved_rope", "exact_below"})
+"""Features that need no place in a config: tensors absorb them, or a limit speaks of them."""
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """How many experts of which size, and in which layers.
+
+    `routed_scale` multiplies the combined output of the routed experts where a target has a config
+    key for it. With groups, a token uses experts of its `top_groups` best of `num_groups` only.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_size: int
+    shared_size: int
+    dense_size: int
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    routed_scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers that keep their dense FFN."""
+        return tuple(n for n in range(self.num_layers) if n not in self.moe_layers)
+
+    @property
+    def num_shared(self) -> int:
+        """Shared width in units of the expert size."""
+        return self.shared_size // self.expert_size
+
+
+@dataclass(frozen=True)
+class Trap:
+    """What an engine does differently, and for which bodies and shapes."""
+
+    text: str
+    when: Callable[[Body, MoeShape], bool] = lambda body, shape: True
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is known of one engine: whether it registers the architecture, and its traps."""
+
+    name: str
+    registered: bool
+    traps: tuple[Trap, ...] = ()
+
+    def notes(self, body: Body, shape: MoeShape) -> tuple[str, ...]:
+        """Return the traps that this body and shape fall into."""
+        if not self.registered:
+            return ("does not register this architecture",)
+        return tuple(trap.text for trap in self.traps if trap.when(body, shape))
+
+
+Named = Iterator[tuple[str, Weight]]
+"""Names inside a layer with their weights."""
+
+
+def per_expert(
+    gate: str = "mlp.experts.{expert}.gate_proj.weight",
+    up: str = "mlp.experts.{expert}.up_proj.weight",
+    down: str = "mlp.experts.{expert}.down_proj.weight",
+) -> Callable[[tuple[Ffn, ...]], Named]:
+    """Store every expert's matrices on their own; `{expert}` stands for its number."""
+
+    def write(routed: tuple[Ffn, ...]) -> Named:
+        for template, attribute in ((gate, "gate_FD"), (up, "up_FD"), (down, "down_DF")):
+            for number, expert in enumerate(routed):
+                yield template.format(expert=number), getattr(expert, attribute)
+
+    return write
+
+
+def stacked(gate_up: str, down: str) -> Callable[[tuple[Ffn, ...]], Named]:
+    """Store all experts in two tensors: gate over up [E, 2N, D], and down [E, D, N]."""
+
+    def write(routed: tuple[Ffn, ...]) -> Named:
+        yield gate_up, stack([concatenated([e.gate_FD, e.up_FD], axis=0) for e in routed])
+        yield down, stack([e.down_DF for e in routed])
+
+    return write
+
+
+def projections(prefix: str) -> Callable[[Ffn], Named]:
+    """Store one FFN as `prefix`.gate_proj, up_proj and down_proj."""
+
+    def write(ffn: Ffn) -> Named:
+        for name, attribute in (("gate", "gate_FD"), ("up", "up_FD"), ("down", "down_DF")):
+            yield f"{prefix}.{name}_proj.weight", getattr(ffn, attribute)
+
+    return write
+
+
+def fused_projections(gate_up: str, down: str) -> Callable[[Ffn], Named]:
+    """Store one FFN as gate over up [2F, D], and down [D, F]."""
+
+    def write(ffn: Ffn) -> Named:
+        yield gate_up, concatenated([ffn.gate_FD, ffn.up_FD], axis=0)
+        yield down, ffn.down_DF
+
+    return write
+
+
+@dataclass(frozen=True)
+class MoeTarget:
+    """One stock MoE model type of transformers.
+
+    `holds` maps Body features to config keys, `always` names features that every member has;
+    `shape_keys` does so for `MoeShape`; `constants` are config values that never change, `computed`
+    those that follow from body and shape; `limits` name further bodies it cannot hold, with the
+    reason. `weights_sum` is what the weights of the chosen experts add up to before the scaling
+    factor of `scale_key`, whatever the router says, which makes clones exact; None if that depends
+    on the router. `neutral` is the weight of one chosen expert under a zero router.
+
+    `places` holds a rule for each of Llama's tensors that is called, shaped or valued otherwise,
+    and `extras` the tensors that no dense model has, by their name inside the layer.
+    """
+
+    model_type: str
+    architecture: str
+    shape_keys: Mapping[str, str]
+    engines: tuple[Engine, ...]
+    router: str = "mlp.gate.weight"
+    routed: Callable[[tuple[Ffn, ...]], Named] = per_expert()
+    shared_as: Callable[[Ffn], Named] | None = None
+    dense_as: Callable[[Ffn], Named] = projections("mlp")
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    weights_sum: float | None = 1.0
+    scale_key: str | None = None
+    shared: Literal["none", "free", "units"] = "none"
+    shared_weight: float = 1.0
+    dense_layers: Literal["none", "prefix", "any"] = "none"
+    groups: bool = False
+    rope: Literal["half", "interleaved"] = "half"
+    holds: Mapping[str, str] = field(default_factory=dict)
+    always: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    computed: Callable[[Body, MoeShape], Mapping[str, Any]] = lambda body, shape: {}
+    limits: tuple[Callable[[Body], str | None], ...] = ()
+    places: Mapping[str, Rule] = field(default_factory=dict)
+    extras: Callable[[Body, MoeShape, str], Mapping[str, Weight]] = lambda body, shape, dtype: {}
+    router_module: str = "mlp.gate"
+
+    def neutral(self, shape: MoeShape) -> float:
+        """Return what one chosen expert is multiplied by when the router says nothing."""
+        if self.weights_sum is not None:
+            return self.weights_sum / shape.top_k * shape.routed_scale
+        return (0.5 if self.scoring == "sigmoid" else 1 / shape.num_experts) * shape.routed_scale
+
+    def misfits(self, body: Body) -> list[str]:
+        """Return why this target cannot hold the body; empty when it can."""
+        reasons = []
+        defaults = {f.name: f.default for f in fields(Body)}
+        for feature in FEATURES:
+            value = getattr(body, feature)
+            if feature in self.always:
+                if value != self.always[feature]:
+                    reasons.append(f"it always has {feature}={self.always[feature]!r}")
+            elif feature not in {*self.holds, *FOLDED} and value != defaults[feature]:
+                reasons.append(f"it has no place for {feature}={value!r}")
+        if self.rope == "interleaved" and not body.interleaved_rope:
+            reasons.append("it rotates interleaved pairs")
+        if body.exact_below is not None and body.max_positions > body.exact_below:
+            reasons.append(
+                f"exact only up to {body.exact_below} tokens, and the config allows "
+                f"{body.max_positions} (--set target.max_positions={body.exact_below} cuts it)"
+            )
+        return reasons + [reason for limit in self.limits if (reason := limit(body))]
+
+    def config(self, body: Body, shape: MoeShape, untie: bool) -> dict[str, Any]:
+        """Return config.json's architecture part, in the keys of transformers 5."""
+        sizes = {**SIZES, "head_dim": "head_dim", **self.sizes, **self.holds}
+        config = {key: _plain(getattr(body, name)) for name, key in sizes.items()}
+        config |= {key: getattr(shape, name) for name, key in self.shape_keys.items()}
+        config |= dict(body.carried) | dict(self.constants)
+        config["rope_parameters"] = dict(body.rope)
+        config["tie_word_embeddings"] = body.tied and not untie
+        if self.scale_key:
+            config[self.scale_key] = shape.routed_scale
+        if self.groups:
+            config |= {"n_group": shape.num_groups, "topk_group": shape.top_groups}
+        return config | dict(self.computed(body, shape))
+
+    def folds_embedding(self, body: Body) -> bool:
+        """Whether the embedding must be stored multiplied, which needs an lm_head of its own."""
+        return body.embedding_multiplier != 1.0 and "embedding_multiplier" not in self.holds
+
+    def place(self, name: str, weight: Weight, body: Body) -> Iterator[tuple[str, Weight]]:
+        """Yield one of Llama's tensors as this target stores it."""
+        layer, inside = split_name(name)
+        if inside == EMBEDDING and self.folds_embedding(body):
+            weight = weight.scaled(body.embedding_multiplier)
+        if body.interleaved_rope and self.rope == "half":
+            weight = _as_half_split(inside, weight, body)
+        rule = self.places.get(inside)
+        for new, placed in (rule(weight, body) if rule else {inside: weight}).items():
+            yield new if layer is None else layer_name(layer, new), placed
+
+    def tensors(
+        self, layer: int, experts: Experts, router_ED: Weight, body: Body, shape: MoeShape
+    ) -> Iterator[tuple[str, Weight]]:
+        """Yield name and weight of everything that replaces one dense FFN."""
+        inside = {self.router: router_ED, **self.extras(body, shape, router_ED.dtype)}
+        inside |= dict(self.routed(experts.routed))
+        if self.shared_as:
+            inside |= dict(self.shared_as(experts.shared))
+        for name, weight in inside.items():
+            yield layer_name(layer, name), weight
+
+    def dense_tensors(self, layer: int, ffn: Ffn) -> Iterator[tuple[str, Weight]]:
+        """Yield name and weight of an FFN that stays dense."""
+        for name, weight in self.dense_as(ffn):
+            yield layer_name(layer, name), weight
+
+    def allows_dense(self, shape: MoeShape) -> bool:
+        """Whether the layers that stay dense have a place in the config."""
+        dense = shape.dense_layers
+        if self.dense_layers == "prefix":
+            return dense == tuple(range(len(dense)))
+        return not dense or self.dense_layers == "any"
+
+
+def _as_half_split(inside: str, weight: Weight, body: Body) -> Weight:
+    heads = {"q_proj": body.num_heads, "k_proj": body.num_kv_heads}
+    for projection, num_heads in heads.items():
+        if inside.startswith(f"self_attn.{projection}."):
+            return half_split(weight, num_heads, int(body.head_dim * body.partial_rotary))
+    return weight
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def odd_head_dim(body: Body, shape: MoeShape) -> bool:
+    """Whether the head size is not hidden size / heads."""
+    return not body.plain_head_dim
+
+
+def not_silu(body: Body, shape: MoeShape) -> bool:
+    """Whether the activation is another than SiLU."""
+    return body.act != "silu"
+
+
+def windowed(body: Body, shape: MoeShape) -> bool:
+    """Whether some layer has a sliding window."""
+    return body.sliding_window is not None
+
+
+HEAD_DIM = "takes the head size for hidden size / heads, and this one differs"
+WINDOW = "ignores the sliding window"
+SILU = "runs SiLU whatever hidden_act says"
+TRANSFORMERS = Engine("transformers", True)
+
+
+def same_bias(body: Body) -> str | None:
+    """Refuse biases on some projections only."""
+    if body.qkv_bias != body.o_bias:
+        return (
+            f"it has one switch for all biases, and qkv_bias={body.qkv_bias}, o_bias={body.o_bias}"
+        )
+    return None
+
+
+def no_o_bias(body: Body) -> str | None:
+    """Refuse a bias on the output projection."""
+    return "it has no bias on o_proj" if body.o_bias else None

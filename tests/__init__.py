@@ -1,0 +1,1 @@
+"""Tests: real tiny checkpoints made by transformers itself, nothing replaced by a stand-in."""
