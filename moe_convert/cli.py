@@ -18,11 +18,11 @@ import typer
 
 from moe_convert import __version__
 from moe_convert.console import Format, Output, quiet_libraries
-from moe_convert.errors import MoeConvertError, OutputExistsError, UsageError
+from moe_convert.errors import MoeConvertError, OutputExistsError
+from moe_convert.options import conversion, recipe_from
 
 if TYPE_CHECKING:
     from moe_convert.plan import Plan
-    from moe_convert.recipe import Recipe
 
 app = typer.Typer(
     name="moe-convert",
@@ -183,103 +183,12 @@ def root(
     """Turn dense Hugging Face checkpoints into Mixture-of-Experts models."""
 
 
-def _option(*names: str, panel: str | None = None, text: str = "", **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
-
-
-CONVERSION_OPTIONS: dict[str, tuple[str | None, Any]] = {
-    "recipe": (None, Annotated[str | None, _option("-r", "--recipe", text="Recipe: a gallery name or a file.")]),
-    "output": ("output.dir", Annotated[str | None, _option("-o", "--output", text="Output folder.")]),
-    "target": ("target.architecture", Annotated[str | None, _option("--target", text="MoE architecture: auto, or a name from `archs ls`.")]),
-    "experts": ("target.num_experts", Annotated[int | None, _option("-e", "--experts", text="Routed experts. (default: 8)")]),
-    "top_k": ("target.top_k", Annotated[int | None, _option("-k", "--top-k", text="Experts per token. (default: 2)")]),
-    "shared_experts": ("target.shared_experts", Annotated[int | None, _option("--shared-experts", text="Always-on experts, in units of the expert size. (default: 0)")]),
-    "layers": ("target.layers", Annotated[str | None, _option("--layers", text='Layers to convert: all, "4:", "::2", "0,2,5". [all]')]),
-    "router": ("router.init", Annotated[str | None, _option("--router", text="auto, zeros, normal or orthogonal.")]),
-    "dtype": ("target.dtype", Annotated[str | None, _option("--dtype", text="auto (as the source), bf16, fp16 or fp32.")]),
-    "dry_run": (None, Annotated[bool, _option("--dry-run", text="Only plan.")]),
-    "set_": (None, Annotated[list[str] | None, _option("--set", text="KEY=VALUE for any recipe field; repeatable.", panel="Recipe")]),
-    "revision": ("source.revision", Annotated[str | None, _option("--revision", text="Branch, tag or commit of a Hub source.", panel="Source")]),
-    "token": (None, Annotated[str | None, _option("--token", text="Hub token; better: hf auth login or HF_TOKEN.", panel="Source", show_envvar=False)]),
-    "method": ("experts.method", Annotated[str | None, _option("--method", text="How experts are made: clone.", panel="Experts")]),
-    "seed": ("seed", Annotated[int | None, _option("--seed", text="Decides everything random. (default: 0)", panel="Experts")]),
-    "router_std": ("router.logit_std", Annotated[float | None, _option("--router-std", text="Standard deviation of the router's logits. (default: 0.5)", panel="Router")]),
-    "measure": ("router.measure", Annotated[bool | None, _option("--measure/--no-measure", text="Set it on the dense model's hidden states, or work it out from the norms. (default: measure)", panel="Router")]),
-    "max_shard_size": ("output.max_shard_size", Annotated[str | None, _option("--max-shard-size", text="Largest file. (default: 5GB)", panel="Result")]),
-    "compat": ("output.compat", Annotated[bool | None, _option("--compat/--no-compat", text="Also write older config keys and an explicit lm_head. (default: compat)", panel="Result")]),
-    "verify": ("verify.enabled", Annotated[bool | None, _option("--verify/--no-verify", text="Load the result and compare it with the dense model. (default: verify)", panel="Result")]),
-    "yes": (None, Annotated[bool, _option("-y", "--yes", text="Do not ask.", panel="Result")]),
-    "overwrite": ("output.overwrite", Annotated[bool, _option("--overwrite", text="Replace an output folder that moe-convert wrote.", panel="Dangerous options")]),
-    "force": (None, Annotated[bool, _option("--force", text="Go on although it does not fit.", panel="Dangerous options")]),
-}  # fmt: skip
-"""Options of `upcycle` and `plan`: the recipe field each one sets (or None), and its type."""
-
-
-def conversion(function: Callable[..., None]) -> Callable[..., None]:
-    """Give a command SOURCE and every conversion option, and pass it the values as a mapping."""
-
-    def run(out: Output, /, **values: Any) -> None:
-        function(out, values)
-
-    source = Annotated[str | None, typer.Argument(help="Dense checkpoint: a folder, org/name or org/name@rev, a .gguf file or package://PACKAGE/FILE. Optional with a recipe.")]  # fmt: skip
-    first = inspect.Parameter("out", inspect.Parameter.POSITIONAL_ONLY)
-    rest = [inspect.Parameter("source", inspect.Parameter.KEYWORD_ONLY, annotation=source, default=None)]  # fmt: skip
-    for name, (_, annotation) in CONVERSION_OPTIONS.items():
-        default = False if annotation.__origin__ is bool else None
-        rest.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
-            )
-        )
-    run.__signature__ = inspect.Signature([first, *rest])  # type: ignore[attr-defined]
-    run.__doc__ = function.__doc__
-    return run
-
-
-def _recipe(values: dict[str, Any]) -> Recipe:
-    """Merge recipe, --set and options, in rising order of precedence."""
-    from moe_convert.recipe import SCHEMA, build_recipe, load_recipe
-
-    changes: dict[str, Any] = {}
-    for pair in values["set_"] or []:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise UsageError(f"--set {pair} is not KEY=VALUE.")
-        changes[key] = _yaml_value(value)
-    if values["source"] is not None:
-        changes["source.model"] = values["source"]
-    for name, (key, _) in CONVERSION_OPTIONS.items():
-        if key and values[name] not in {None, False} | ({False} if name == "overwrite" else set()):
-            changes |= _change(key, values[name])
-        elif key and values[name] is False and name != "overwrite":
-            changes[key] = False
-    if values["recipe"]:
-        return load_recipe(values["recipe"], changes)
-    if "source.model" not in changes:
-        raise UsageError("No SOURCE was given.", "Give a checkpoint, or a recipe with -r.")
-    return build_recipe({"schema": SCHEMA}, changes)
-
-
-def _change(key: str, value: Any) -> dict[str, Any]:
-    return {"experts.seed": value, "router.seed": value} if key == "seed" else {key: value}
-
-
-def _yaml_value(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
 def _plan(output: Output, values: dict[str, Any]) -> Plan:
-    recipe = _recipe(values)
+    recipe = recipe_from(values)
     with output.busy("reading headers"):
         from moe_convert.plan import make_plan
 
-        plan = make_plan(recipe, values["token"])
-    return plan
+        return make_plan(recipe, values["token"])
 
 
 def _print_plan(output: Output, plan: Plan) -> None:
@@ -312,7 +221,7 @@ def upcycle(output: Output, values: dict[str, Any]) -> None:
     output.warn(plan.warnings)
     _confirm_overwrite(output, plan, values["yes"])
     with output.progress() as progress:
-        manifest = run(plan, force=values["force"], progress=progress)
+        manifest = run(plan, force=bool(values["force"]), progress=progress)
     output.warn(note for note in manifest.warnings if note.code == "nonfinite")
 
     def human(console: Any) -> None:

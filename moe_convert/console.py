@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -213,7 +214,8 @@ def plan_table(plan: Plan) -> Table:
     shape, estimate, body = plan.shape, plan.estimate, plan.layout.body
     dense = f" ({len(shape.dense_layers)} stay dense)" if shape.dense_layers else ""
     shared = f" + {shape.num_shared} shared" if shape.num_shared else ""
-    verify_ram = f", {num_bytes(estimate.verify_ram_bytes)} to verify"
+    verifies = plan.recipe.verify.enabled
+    verify_ram = f", {num_bytes(estimate.verify_ram_bytes)} to verify" if verifies else ""
     rows = {
         "source": f"{plan.source.name}  {plan.layout.family.model_type}, "
         f"{num_params(plan.params_dense)} parameters, {plan.source.dtype}",
@@ -228,7 +230,7 @@ def plan_table(plan: Plan) -> Table:
         "step 0": "exactly the dense function" if plan.exact else "differs from the dense function",
         "download": num_bytes(estimate.download_bytes),
         "disk": f"{num_bytes(estimate.disk_bytes)} of {num_bytes(estimate.free_disk_bytes)} free",
-        "memory": f"{num_bytes(estimate.ram_bytes)}{verify_ram if plan.recipe.verify.enabled else ''}"
+        "memory": f"{num_bytes(estimate.ram_bytes)}{verify_ram}"
         f" of {num_bytes(estimate.free_ram_bytes)} free",
         "time": f"{estimate.time_s[0]:.0f} to {estimate.time_s[1]:.0f} s (disks of 2 to 0.2 GB/s)",
         "output": str(plan.output),
@@ -326,6 +328,8 @@ def manifest_sections(manifest: Manifest, folder: Path) -> dict[str, Any]:
 
 def quiet_libraries(verbose: int, log_file: Path | None) -> None:
     """Keep other libraries' messages and bars off the terminal, and log where it was asked for."""
+    if not verbose:
+        warnings.simplefilter("ignore")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if verbose > 1 else "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

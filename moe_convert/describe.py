@@ -12,6 +12,7 @@ from moe_convert.routers import Router
 from moe_convert.targets import TARGETS, MoeTarget
 
 ROUTING = {"softmax": "softmax over all experts, then top-k", "sigmoid": "sigmoid scores, top-k"}
+CONSTANT = {True: "a constant, so clones are exact", False: "what the router says"}
 DENSE = {"none": "none", "prefix": "the first ones", "any": "any"}
 SHARED = {"none": "none", "free": "of any width", "units": "in units of the expert size"}
 
@@ -48,14 +49,15 @@ def _family(family: DenseFamily) -> list[str]:
 
 
 def _target(target: MoeTarget) -> list[str]:
+    holds = [*target.holds, *target.always]
+    constant = target.weights_sum is not None
     refused = "refused: any other feature of the body, by name"
     lines = [
         f"class: {target.architecture}",
-        f"router: {ROUTING[target.scoring]}; weights of the chosen sum to "
-        f"{'a constant, so clones are exact' if target.weights_sum is not None else 'a value of the router'}",
+        f"router: {ROUTING[target.scoring]}; the weights of the chosen sum to {CONSTANT[constant]}",
         f"shared experts: {SHARED[target.shared]}",
         f"dense layers between: {DENSE[target.dense_layers]}",
-        f"can hold: {', '.join([*target.holds, *target.always]) or 'a plain Llama body'}; {refused}",
+        f"can hold: {', '.join(holds) or 'a plain Llama body'}; {refused}",
     ]
     for engine in target.engines:
         traps = "; ".join(trap.text for trap in engine.traps) or "no known trap"

@@ -9,7 +9,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,7 +17,7 @@ from moe_convert import __version__
 from moe_convert.errors import SourceError
 
 MANIFEST_NAME = "moe_convert.json"
-SCHEMA = "moe-convert/manifest/1"
+SCHEMA: Final = "moe-convert/manifest/1"
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface-hub", "accelerate")
 
 
@@ -118,7 +118,7 @@ class Manifest(Model):
         path = folder / MANIFEST_NAME
         partial = path.with_suffix(".json.partial")
         partial.write_text(self.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        partial.replace(path)
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -160,7 +160,7 @@ def plan_source(recipe: Recipe, source: Source) -> Plan:
     )
     target, refused = choose_target(recipe, family, body)
     dtype = DTYPES.get(recipe.target.dtype, source.dtype)
-    shape = choose_shape(recipe, body, target)
+    shape = choose_shape(recipe, family, body, target)
     _check_width(shape, body, dtype)
     untie = body.tied and (recipe.output.compat or target.folds_embedding(body))
     layout = Layout(family, body, target, shape, dtype, untie)
@@ -220,7 +220,7 @@ def _suits(recipe: Recipe, target: MoeTarget, wants_dense: bool) -> bool:
     return shared and (target.dense_layers != "none" or not wants_dense)
 
 
-def choose_shape(recipe: Recipe, body: Body, target: MoeTarget) -> MoeShape:
+def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTarget) -> MoeShape:
     """Return sizes and layers of the experts.
 
     Raises:
@@ -234,9 +234,10 @@ def choose_shape(recipe: Recipe, body: Body, target: MoeTarget) -> MoeShape:
             f"--top-k {wanted.top_k} is outside 1..{wanted.num_experts}, the number of experts."
         )
     if wanted.shared_experts and target.shared == "none":
+        able = [name for name in family.targets if TARGETS[name].shared != "none"]
         raise UsageError(
             f"{target.model_type} has no shared experts.",
-            f"Use --target {' or '.join(n for n, t in TARGETS.items() if t.shared != 'none')}.",
+            f"Use --target {' or '.join(able)}." if able else "",
         )
     try:
         layers = chosen_layers(wanted.layers, body.num_layers)
@@ -259,10 +260,10 @@ def choose_shape(recipe: Recipe, body: Body, target: MoeTarget) -> MoeShape:
     _check_groups(shape, target)
     shape = replace(shape, routed_scale=recipe.experts.routed_scale(target, shape))
     if not target.allows_dense(shape):
-        able = [name for name, row in TARGETS.items() if row.allows_dense(shape)]
+        able = [name for name in family.targets if TARGETS[name].allows_dense(shape)]
         raise UsageError(
             f"{target.model_type} cannot keep layers {list(shape.dense_layers)} dense.",
-            f"Targets that can: {', '.join(able)}.",
+            f"Targets that can: {', '.join(able) or 'none'}.",
         )
     return shape
 
@@ -489,8 +490,8 @@ def check_fits(plan: Plan, force: bool) -> None:
     for what, needed, free in needs:
         if needed > free and not force:
             raise DoesNotFitError(
-                f"The conversion needs {needed / 1e9:.1f} GB of {what}, and {free / 1e9:.1f} GB are "
-                "free.",
+                f"The conversion needs {needed / 1e9:.1f} GB of {what}, and {free / 1e9:.1f} GB "
+                "are free.",
                 "Use fewer experts or a smaller --dtype, or --force to try all the same.",
             )
 

@@ -9,16 +9,16 @@ import difflib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from moe_convert.errors import UsageError
-from moe_convert.experts import Clone, ExpertsNode
+from moe_convert.experts import METHODS, Clone, ExpertsNode
 from moe_convert.routers import Router
 
-SCHEMA = "moe-convert/recipe/1"
+SCHEMA: Final = "moe-convert/recipe/1"
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -189,10 +189,14 @@ def build_recipe(data: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
 
 def _explain(error: ValidationError) -> str:
     problem = error.errors()[0]
-    place = ".".join(str(part) for part in problem["loc"])
+    tags = {method for method in METHODS if problem["loc"][:2] == ("experts", method)}
+    place = ".".join(str(part) for part in problem["loc"] if part not in tags)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(place, list(_known_keys()), n=1, cutoff=0.5)
         return f"The recipe has no field {place}." + (f" Did you mean {near[0]}?" if near else "")
+    if problem["type"] == "union_tag_invalid":
+        wanted = problem["ctx"]["tag"]
+        return f"{place}.method: {wanted!r} is not one of {', '.join(METHODS)}."
     if problem["type"] == "missing":
         return f"The recipe needs {place}."
     return f"{place}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}."
@@ -202,8 +206,10 @@ def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
     for name, info in model.model_fields.items():
         key = prefix + (info.alias or name)
         yield key
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _known_keys(info.annotation, key + ".")
+        nodes = METHODS.values() if name == "experts" else [info.annotation]
+        for node in nodes:
+            if isinstance(node, type) and issubclass(node, BaseModel):
+                yield from _known_keys(node, key + ".")
 
 
 def _yaml_place(error: yaml.YAMLError) -> str:

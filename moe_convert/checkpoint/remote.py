@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_convert.checkpoint.safetensors import TensorRef
 from moe_convert.checkpoint.source import SIDE_FILES, Source, open_folder, read_config
 from moe_convert.errors import HubError, SourceError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 LEGACY_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -28,12 +32,15 @@ def open_hub(name: str, revision: str = "main", token: str | None = None) -> Sou
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         NotASafetensorsRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    # The client library's own errors are the base of the Hub's: their name differs by release.
+    network_errors = (OSError, *HfHubHTTPError.__bases__)
     api = HfApi(token=token)
     try:
         return _open_online(api, repo_id, revision)
@@ -55,7 +62,7 @@ def open_hub(name: str, revision: str = "main", token: str | None = None) -> Sou
         raise SourceError(f"{repo_id} has no revision {revision}.") from error
     except (EntryNotFoundError, NotASafetensorsRepoError):
         return _open_cached(repo_id, revision, token, local=False)
-    except OSError as error:
+    except network_errors as error:
         try:
             return _open_cached(repo_id, revision, token, local=True)
         except HubError:
@@ -65,10 +72,9 @@ def open_hub(name: str, revision: str = "main", token: str | None = None) -> Sou
             ) from error
 
 
-def _open_online(api: object, repo_id: str, revision: str) -> Source:
-    from huggingface_hub import HfApi, hf_hub_download
+def _open_online(api: HfApi, repo_id: str, revision: str) -> Source:
+    from huggingface_hub import hf_hub_download
 
-    assert isinstance(api, HfApi)
     info = api.model_info(repo_id, revision=revision, files_metadata=True)
     sha, token = str(info.sha), api.token
     config_path = hf_hub_download(repo_id, "config.json", revision=sha, token=token)

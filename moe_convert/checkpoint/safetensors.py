@@ -67,7 +67,7 @@ class TensorRef:
         return torch.frombuffer(buffer, dtype=torch_dtype(self.dtype)).view(self.shape)
 
     def nonfinite(self) -> bool:
-        """Return whether the tensor holds NaN or infinity: an exponent of all ones, block by block."""
+        """Return whether the tensor holds NaN or infinity: an exponent of all ones."""
         import numpy as np
 
         kind, mask = EXPONENTS.get(self.dtype, ("u1", 0))

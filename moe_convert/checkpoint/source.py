@@ -165,7 +165,7 @@ def _refuse_quantised(source: Source) -> None:
     if quantisation:
         method = quantisation.get("quant_method", "unknown")
         raise SourceError(
-            f"The checkpoint is quantised with {method}: its packed weights cannot be cut or cloned "
+            f"The checkpoint is quantised with {method}: packed weights cannot be cloned or cut "
             "exactly.",
             "Give the unquantised checkpoint, or dequantise it first.",
         )

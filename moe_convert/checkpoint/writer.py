@@ -1,4 +1,4 @@
-"""Write safetensors shards whose layout is known before the first byte: in order, resumable, hashed.
+"""Write safetensors shards whose layout is known before the first byte: resumable and hashed.
 
 Every header is written first, so each tensor has its place and a run that was killed goes on from
 the last finished step. Bytes that equal the source's are copied by the kernel and never decoded.
@@ -152,7 +152,7 @@ class CheckpointWriter:
         self._written.add(name)
 
     def skip_step(self, step: str, names: Iterable[str]) -> bool:
-        """Return whether an interrupted run finished this step; its tensors then count as written."""
+        """Return whether an interrupted run wrote this step; its tensors then count as written."""
         if step not in self._steps:
             return False
         self._written.update(names)
@@ -302,18 +302,20 @@ class _Hasher:
         except OSError as error:
             self._error = error
 
+    def _wait(self, number: int, position: int) -> int | None:
+        """Return up to which byte a file is final, once that is more than `position`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._allowed[number] > position)
+            return None if self._stopped else self._allowed[number]
+
     def _hash(self, number: int, path: Path) -> str | None:
         digest, position, size_bytes = hashlib.sha256(), 0, path.stat().st_size
         buffer = memoryview(bytearray(BLOCK_BYTES))
         with path.open("rb", buffering=0) as file:
             while position < size_bytes:
-                with self._changed:
-                    self._changed.wait_for(
-                        lambda: self._stopped or self._allowed[number] > position
-                    )
-                    if self._stopped:
-                        return None
-                    allowed = self._allowed[number]
+                allowed = self._wait(number, position)
+                if allowed is None:
+                    return None
                 count = file.readinto(buffer[: allowed - position])
                 digest.update(buffer[:count])
                 position += count

@@ -104,7 +104,8 @@ CARRIED = ("initializer_range", "attention_dropout", "pad_token_id", "bos_token_
 IGNORED = frozenset({
     "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache",
     "rope_theta", "rope_scaling", "rope_parameters", "head_dim", "pretraining_tp", "unk_token_id",
-    "sep_token_id", "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder",
+    "sep_token_id", "return_dict", "output_hidden_states", "output_attentions",
+    "is_encoder_decoder",
     "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "auto_map", "name_or_path",
     "attn_implementation", "license", "use_bfloat16", "tokenizer_class", "is_decoder",
 })  # fmt: skip
@@ -147,7 +148,7 @@ class DenseFamily:
     `fields` maps Body fields to config attributes where they differ from `SIZES`; `fixed` are
     features that every member has; `only` lists attributes of which some values are understood and
     the others refused; `also_read` those that `refine` uses, which computes what is not a plain
-    copy; `carries` go through unchanged to a sibling. `tensors` holds a rule for each tensor that is
+    copy; `carries` go through unchanged to a sibling. `tensors` has a rule for each tensor that is
     not called, shaped or valued as in Llama, by its name inside the layer. `ffn_norm` is the norm
     whose output the FFN, and so the router, receives.
     """
