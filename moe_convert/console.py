@@ -190,6 +190,9 @@ class _BarReport:
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(PHASES.get(what, what), total=total, rate="")
             self._since[what] = time.monotonic()
+        if what == "source" and done == 0:
+            self._bar.update(self._tasks[what], total=None)
+            return
         seconds = max(time.monotonic() - self._since[what], 1e-3)
         rate = f"{num_bytes(done / seconds)}/s" if what == "convert" else ""
         self._bar.update(self._tasks[what], completed=done, total=total, rate=rate)

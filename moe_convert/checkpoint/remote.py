@@ -40,7 +40,10 @@ def open_hub(name: str, revision: str = "main", token: str | None = None) -> Sou
     )
 
     # The client library's own errors are the base of the Hub's: their name differs by release.
-    network_errors = (OSError, *HfHubHTTPError.__bases__)
+    network_errors: tuple[type[BaseException], ...] = (
+        OSError,
+        *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+    )
     api = HfApi(token=token)
     try:
         return _open_online(api, repo_id, revision)
