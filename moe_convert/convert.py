@@ -10,14 +10,15 @@ import datetime
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_convert.checkpoint import CheckpointWriter, Source, sha256_of
+from moe_convert.edits import edited
 from moe_convert.errors import MoeConvertError, OutputExistsError, UsageError
-from moe_convert.families import layer_name
 from moe_convert.ffn import Experts, Weight, gather
 from moe_convert.manifest import (
     MANIFEST_NAME,
@@ -104,7 +105,7 @@ def _open_partial(plan: Plan, local: Source) -> Path:
     fingerprint = _fingerprint(plan, local)
     mark = partial / PLAN_NAME
     if partial.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
-        shutil.rmtree(partial)
+        _remove_partial(partial)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         mark.write_text(fingerprint, encoding="ascii")
@@ -115,13 +116,29 @@ def _open_partial(plan: Plan, local: Source) -> Path:
     return partial
 
 
+def _remove_partial(partial: Path) -> None:
+    """Remove what another conversion left, and nothing that somebody else put there.
+
+    Raises:
+        OutputExistsError: it was not written by this program.
+    """
+    names = {path.name for path in partial.iterdir()} if partial.is_dir() else {""}
+    if names and names.isdisjoint({PLAN_NAME, MANIFEST_NAME}):
+        raise OutputExistsError(
+            f"{partial} is where the result is built, and it was not written by moe-convert.",
+            "Move it away, or choose another output with -o.",
+        )
+    shutil.rmtree(partial)
+
+
 def _fingerprint(plan: Plan, local: Source) -> str:
     """Return a hash of everything that decides the bytes of the result."""
     stamps = {
         str(ref.path): (ref.path.stat().st_size, ref.path.stat().st_mtime_ns)
         for ref in local.tensors.values()
     }
-    parts = [plan.recipe.as_yaml(), repr(plan.specs), json.dumps(plan.config), repr(stamps)]
+    recipe = public_recipe(plan).model_dump_json(exclude={"verify"})
+    parts = [recipe, repr(plan.specs), json.dumps(plan.config), repr(stamps)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -156,19 +173,23 @@ class LayerMaker:
         plan = self._plan
         layout, shape = plan.layout, plan.shape
         dense = layout.family.ffn(layer, self._weights, layout.body).cast(plan.dtype)
-        assignment = plan.recipe.experts.assign(dense.num_neurons, plan.target, shape)
+        method = plan.recipe.experts
+        assignment = method.assign(dense.num_neurons, plan.target, shape, layer)
         experts = gather((dense,), assignment)
+        experts = edited(experts, method.edits, method.seed, layer)
         size = (shape.num_experts, layout.body.hidden_size)
         return experts, Weight(size, plan.dtype, lambda: self._router(layer))
 
     def _router(self, layer: int) -> torch.Tensor:
         router, body = self._plan.recipe.router, self._plan.layout.body
-        rows_ED = router.rows(self._plan.shape.num_experts, body.hidden_size, layer)
+        copies = self._plan.recipe.experts.shared_rows
+        num_rows = -(-self._plan.shape.num_experts // copies)
+        rows_ED = router.rows(num_rows, body.hidden_size, layer).repeat_interleave(copies, dim=0)
+        rows_ED = rows_ED[: self._plan.shape.num_experts]
         if router.needs_input:
             return router.scaled(rows_ED, self._reach(layer), None)
-        norm = self._plan.layout.family.ffn_norm
-        norm_D = self._weights[layer_name(layer, norm)].load() if norm else None
-        return router.scaled(rows_ED, None, norm_D)
+        norm = self._plan.layout.family.norm_before_ffn(layer, self._weights, body)
+        return router.scaled(rows_ED, None, norm.load() if norm else None)
 
     def _reach(self, layer: int) -> torch.Tensor:
         """Return what the FFN of this layer receives on the sample text."""
@@ -279,8 +300,8 @@ def _nonfinite_warnings(local: Source, broken: list[Future[bool]]) -> list[Warni
 def _publish(plan: Plan, partial: Path) -> None:
     output = plan.output.absolute()
     if output.exists():
-        old = output.with_name(output.name + ".old")
-        output.rename(old)
+        old = Path(tempfile.mkdtemp(prefix=f"{output.name}.old-", dir=output.parent))
+        output.rename(old / output.name)
         partial.rename(output)
         shutil.rmtree(old)
     else:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from typing import TYPE_CHECKING
 
+
+from moe_convert.edits import EDITS
 from moe_convert.errors import UsageError
 from moe_convert.experts import METHODS
 from moe_convert.families import FAMILIES, DenseFamily
 from moe_convert.routers import Router
 from moe_convert.targets import TARGETS, MoeTarget
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 ROUTING = {"softmax": "softmax over all experts, then top-k", "sigmoid": "sigmoid scores, top-k"}
 CONSTANT = {True: "a constant, so clones are exact", False: "what the router says"}
@@ -68,8 +74,9 @@ def _target(target: MoeTarget) -> list[str]:
 def method_summaries() -> dict[str, str]:
     """Return name and one line of every method and router initialiser."""
     methods = {name: f"{row.summary} ({row.paper})" for name, row in METHODS.items()}
+    edits = {f"edit {name}": f"{row.summary} ({row.paper})" for name, row in EDITS.items()}
     routers = {f"router {name}": text for name, text in Router.summaries.items()}
-    return methods | routers
+    return methods | edits | routers
 
 
 def describe_method(name: str) -> list[str]:
@@ -78,9 +85,11 @@ def describe_method(name: str) -> list[str]:
     Raises:
         UsageError: no method has this name.
     """
-    model = Router if name.startswith("router") else METHODS.get(name)
+    word, _, last = name.rpartition(" ")
+    known: dict[str, type[BaseModel]] = {**METHODS, **EDITS, "router": Router}
+    model = Router if word == "router" else known.get(last)
     if model is None:
-        raise UsageError(f"There is no method {name!r}.", f"Known: {', '.join(METHODS)}, router.")
+        raise UsageError(f"There is no method {name!r}.", f"Known: {', '.join(known)}.")
     lines = inspect.cleandoc(model.__doc__ or "").splitlines()
     for field, info in model.model_fields.items():
         lines.append(f"  {field} = {info.default!r}  {info.description or ''}".rstrip())

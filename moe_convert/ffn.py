@@ -43,13 +43,15 @@ class Weight:
     """A tensor that is not read until `load` is called.
 
     `stored` is set while the value still equals bytes in a file, so that a writer may copy them
-    without decoding anything.
+    without decoding anything. `rounds` is set once arithmetic has made values that `dtype` may not
+    be able to hold.
     """
 
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], torch.Tensor]
     stored: Stored | None = None
+    rounds: bool = False
 
     @property
     def num_params(self) -> int:
@@ -81,14 +83,17 @@ class Weight:
         self,
         function: Callable[[torch.Tensor], torch.Tensor],
         shape: tuple[int, ...] | None = None,
+        rounds: bool = True,
     ) -> Weight:
         """Return the weight with `function` applied in fp32 when it is loaded."""
-        base = self.load
-        return Weight(shape or self.shape, self.dtype, lambda: function(base().float()))
+        base, rounds = self.load, rounds or self.rounds
+        return Weight(
+            shape or self.shape, self.dtype, lambda: function(base().float()), rounds=rounds
+        )
 
     def cast(self, dtype: str) -> Weight:
         """Return the weight stored as another dtype."""
-        return self if dtype == self.dtype else Weight(self.shape, dtype, self.load)
+        return self if dtype == self.dtype else replace(self, dtype=dtype, stored=None)
 
     def rows(self, neurons: range | torch.Tensor) -> Weight:
         """Return these rows of a matrix or entries of a vector; a range keeps the stored bytes."""
@@ -98,8 +103,10 @@ class Weight:
             if shape == self.shape:
                 return self
             stored = self.stored.rows(start, stop) if self.stored else None
-            return Weight(shape, self.dtype, lambda: self.load()[start:stop], stored)
-        return Weight(shape, self.dtype, lambda: self.load()[neurons])
+            return Weight(
+                shape, self.dtype, lambda: self.load()[start:stop], stored, rounds=self.rounds
+            )
+        return Weight(shape, self.dtype, lambda: self.load()[neurons], rounds=self.rounds)
 
     def columns(self, neurons: range | torch.Tensor) -> Weight:
         """Return these columns of a matrix."""
@@ -108,12 +115,17 @@ class Weight:
             start, stop = neurons.start, neurons.stop
             if shape == self.shape:
                 return self
-            return Weight(shape, self.dtype, lambda: self.load()[:, start:stop])
-        return Weight(shape, self.dtype, lambda: self.load()[:, neurons])
+            return Weight(
+                shape, self.dtype, lambda: self.load()[:, start:stop], rounds=self.rounds
+            )
+        return Weight(shape, self.dtype, lambda: self.load()[:, neurons], rounds=self.rounds)
 
     def scaled(self, factor: float) -> Weight:
         """Return the weight times a constant."""
-        return self if factor == 1.0 else self.map(lambda tensor: tensor * factor)
+        if factor == 1.0:
+            return self
+        power_of_two = abs(math.frexp(factor)[0]) == 0.5
+        return self.map(lambda tensor: tensor * factor, rounds=not power_of_two)
 
 
 def as_range(neurons: torch.Tensor) -> range | torch.Tensor:
@@ -137,7 +149,8 @@ def concatenated(parts: list[Weight], axis: int) -> Weight:
 
         return torch.cat([part.load() for part in parts], dim=axis)
 
-    return Weight(tuple(shape), parts[0].dtype, load)
+    rounds = any(part.rounds for part in parts)
+    return Weight(tuple(shape), parts[0].dtype, load, rounds=rounds)
 
 
 def stack(parts: list[Weight]) -> Weight:
@@ -148,7 +161,8 @@ def stack(parts: list[Weight]) -> Weight:
 
         return torch.stack([part.load() for part in parts])
 
-    return Weight((len(parts), *parts[0].shape), parts[0].dtype, load)
+    rounds = any(part.rounds for part in parts)
+    return Weight((len(parts), *parts[0].shape), parts[0].dtype, load, rounds=rounds)
 
 
 @dataclass(frozen=True)
@@ -170,13 +184,13 @@ class Ffn:
         """Number of elements of the three matrices."""
         return self.gate_FD.num_params + self.up_FD.num_params + self.down_DF.num_params
 
-    def select(self, neurons_N: torch.Tensor, scale: float = 1.0) -> Ffn:
-        """Return the network of these neurons (int64, may repeat), its output times `scale`."""
+    def select(self, neurons_N: torch.Tensor, scale: float = 1.0, up_scale: float = 1.0) -> Ffn:
+        """Return the network of these neurons (int64, may repeat), down and up times a scale."""
         neurons = as_range(neurons_N)
         return replace(
             self,
             gate_FD=self.gate_FD.rows(neurons),
-            up_FD=self.up_FD.rows(neurons),
+            up_FD=self.up_FD.rows(neurons).scaled(up_scale),
             down_DF=self.down_DF.columns(neurons).scaled(scale),
         )
 
@@ -195,7 +209,8 @@ class Assignment:
     """Which neurons of which source every expert takes; indices are int64 and may overlap.
 
     `routed_EN` are neurons per routed expert, `shared_N` those of the shared expert (may be none),
-    `source_E` the checkpoint of each row; the scales multiply the experts' outputs.
+    `source_E` the checkpoint of each row; the scales multiply `down` of the routed and the shared
+    experts, `up_scale` multiplies `up` of the routed ones.
     """
 
     routed_EN: torch.Tensor
@@ -203,6 +218,7 @@ class Assignment:
     source_E: tuple[int, ...]
     routed_scale: float = 1.0
     shared_scale: float = 1.0
+    up_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -216,7 +232,7 @@ class Experts:
 def gather(sources: tuple[Ffn, ...], assignment: Assignment) -> Experts:
     """Collect every expert's weights from the sources: the one place where neurons move."""
     routed = tuple(
-        sources[source].select(neurons_N, assignment.routed_scale)
+        sources[source].select(neurons_N, assignment.routed_scale, assignment.up_scale)
         for source, neurons_N in zip(assignment.source_E, assignment.routed_EN, strict=True)
     )
     return Experts(routed, sources[0].select(assignment.shared_N, assignment.shared_scale))

@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 
 
 class Choice(NamedTuple):
-    """One option: the recipe fields that it sets, its type, flags, help and panel."""
+    """One option: the recipe fields that it sets, its type, flags, help and panel.
+
+    A field that ends in [] is a list, to which `wrap` of the value is added.
+    """
 
     fields: tuple[str, ...]
     kind: type
     flags: str
     text: str
     panel: str | None = None
+    wrap: Callable[[Any], Any] = lambda value: value
 
     @property
     def annotation(self) -> Any:
@@ -43,7 +47,12 @@ CHOICES: dict[str, Choice] = {
     ),
     "experts": Choice(("target.num_experts",), int, "-e --experts", "Routed experts (default: 8)."),
     "top_k": Choice(("target.top_k",), int, "-k --top-k", "Experts per token (default: 2)."),
-    "method": Choice(("experts.method",), str, "--method", "How experts are made: clone or split."),
+    "method": Choice(
+        ("experts.method",),
+        str,
+        "--method",
+        "How experts are made: clone, split or shared-residual.",
+    ),
     "shared_experts": Choice(
         ("target.shared_experts",),
         int,
@@ -71,6 +80,29 @@ CHOICES: dict[str, Choice] = {
     ),
     "strategy": Choice(
         ("experts.strategy",), str, "--strategy", "split: contiguous or random.", "Experts"
+    ),
+    "granularity": Choice(
+        ("experts.granularity",),
+        int,
+        "--granularity",
+        "clone: experts that one copy of the FFN is cut into (default: 1).",
+        "Experts",
+    ),
+    "noise": Choice(
+        ("experts.edits[]",),
+        float,
+        "--noise",
+        "Add noise of this size, relative to each matrix's spread.",
+        "Experts",
+        lambda std: {"edit": "noise", "std": std},
+    ),
+    "drop_ratio": Choice(
+        ("experts.edits[]",),
+        float,
+        "--drop-ratio",
+        "Re-initialise this share of every expert's neurons.",
+        "Experts",
+        lambda ratio: {"edit": "drop", "ratio": ratio},
     ),
     "seed": Choice(
         ("experts.seed", "router.seed"),
@@ -164,12 +196,20 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
         changes["source.model"] = values["source"]
     for name, choice in CHOICES.items():
         if values[name] is not None:
-            changes |= dict.fromkeys(choice.fields, values[name])
+            _apply(changes, choice, values[name])
     if values["recipe"]:
         return load_recipe(values["recipe"], changes)
     if "source.model" not in changes:
         raise UsageError("No SOURCE was given.", "Give a checkpoint, or a recipe with -r.")
     return build_recipe({"schema": SCHEMA}, changes)
+
+
+def _apply(changes: dict[str, Any], choice: Choice, value: Any) -> None:
+    for field in choice.fields:
+        if field.endswith("[]"):
+            changes.setdefault(field, []).append(choice.wrap(value))
+        else:
+            changes[field] = value
 
 
 def _setting(pair: str) -> tuple[str, Any]:

@@ -21,6 +21,7 @@ from moe_convert.recipe import DTYPES, Recipe, chosen_layers
 from moe_convert.targets import TARGETS, MoeShape, MoeTarget, candidates, with_legacy_keys
 from moe_convert.targets.base import EMBEDDING
 
+LARGE_DROP = 0.5
 GROUPED_MM_BYTES = 16
 INTERPRETER_BYTES = 450 * 10**6
 WRITE_RATE = (0.2e9, 2e9)
@@ -161,9 +162,10 @@ def plan_source(recipe: Recipe, source: Source) -> Plan:
     target, refused = choose_target(recipe, family, body)
     dtype = DTYPES.get(recipe.target.dtype, source.dtype)
     shape = choose_shape(recipe, family, body, target)
-    _check_width(shape, body, dtype)
-    untie = body.tied and (recipe.output.compat or target.folds_embedding(body))
+    untie = body.tied and (recipe.output.compat or target.must_untie(body))
     layout = Layout(family, body, target, shape, dtype, untie)
+    layout = _wide_enough(layout, source, chosen=recipe.target.dtype != "auto")
+    _check_width(shape, body, layout.dtype)
     steps = tuple(announce(layout, source))
     specs = [spec for step in steps for spec in step.specs]
     plan = Plan(
@@ -175,7 +177,7 @@ def plan_source(recipe: Recipe, source: Source) -> Plan:
         steps=steps,
         shards=shard(specs, recipe.output.max_shard_bytes),
         refused=refused,
-        params_active=_active(specs, shape),
+        params_active=_active(specs, target, shape),
         estimate=_EMPTY,
         warnings=(),
     )
@@ -210,13 +212,14 @@ def choose_target(
         raise UnsupportedError(f"No target can hold this {family.model_type} exactly ({reasons}).")
     wants_dense = len(chosen_layers(recipe.target.layers, body.num_layers)) < body.num_layers
     if wanted == "auto":
-        able = [n for n in fitting if _suits(recipe, TARGETS[n], wants_dense)]
+        able = [n for n in fitting if _suits(recipe, body, TARGETS[n], wants_dense)]
         fitting = able or fitting
     return TARGETS[fitting[0]], {name: why for name, why in found.items() if why}
 
 
-def _suits(recipe: Recipe, target: MoeTarget, wants_dense: bool) -> bool:
-    shared = target.shared != "none" or not recipe.target.shared_experts
+def _suits(recipe: Recipe, body: Body, target: MoeTarget, wants_dense: bool) -> bool:
+    shared_size = recipe.experts.shared_size(body.ffn_size, 1, recipe.target.shared_experts)
+    shared = target.shared != "none" or not shared_size
     return shared and (target.dense_layers != "none" or not wants_dense)
 
 
@@ -233,12 +236,13 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
         raise UsageError(
             f"--top-k {wanted.top_k} is outside 1..{wanted.num_experts}, the number of experts."
         )
-    if wanted.shared_experts and target.shared == "none":
-        able = [name for name in family.targets if TARGETS[name].shared != "none"]
+    if wanted.shared_experts > 1 and target.shared == "one":
         raise UsageError(
-            f"{target.model_type} has no shared experts.",
-            f"Use --target {' or '.join(able)}." if able else "",
+            f"{target.model_type} has one shared expert, got --shared-experts "
+            f"{wanted.shared_experts}.",
+            "Use --shared-experts 1.",
         )
+    _check_fixed_router(recipe, target)
     try:
         layers = chosen_layers(wanted.layers, body.num_layers)
     except ValueError as error:
@@ -246,11 +250,18 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
     if not layers:
         raise UsageError(f"--layers {wanted.layers} chooses no layer of {body.num_layers}.")
     size = recipe.experts.expert_size(body.ffn_size, wanted.num_experts + wanted.shared_experts)
+    shared_size = recipe.experts.shared_size(body.ffn_size, size, wanted.shared_experts)
+    if shared_size and target.shared == "none":
+        able = [name for name in family.targets if TARGETS[name].shared != "none"]
+        raise UsageError(
+            f"{target.model_type} has no shared experts.",
+            f"Use --target {' or '.join(able)}." if able else "",
+        )
     shape = MoeShape(
         num_experts=wanted.num_experts,
         top_k=wanted.top_k,
         expert_size=size,
-        shared_size=wanted.shared_experts * size,
+        shared_size=shared_size,
         dense_size=body.ffn_size,
         num_layers=body.num_layers,
         moe_layers=layers,
@@ -258,6 +269,7 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
         top_groups=wanted.top_groups,
     )
     _check_groups(shape, target)
+    recipe.experts.check(body.ffn_size, target, shape)
     shape = replace(shape, routed_scale=recipe.experts.routed_scale(target, shape))
     if not target.allows_dense(shape):
         able = [name for name in family.targets if TARGETS[name].allows_dense(shape)]
@@ -266,6 +278,23 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
             f"Targets that can: {', '.join(able) or 'none'}.",
         )
     return shape
+
+
+def _check_fixed_router(recipe: Recipe, target: MoeTarget) -> None:
+    if target.fixed_top_k is None:
+        return
+    if recipe.target.top_k != target.fixed_top_k:
+        raise UsageError(
+            f"{target.model_type} always uses {target.fixed_top_k} experts per token, got --top-k "
+            f"{recipe.target.top_k}.",
+            f"Use --top-k {target.fixed_top_k}.",
+        )
+    if recipe.router.kind == "zeros":
+        raise UsageError(
+            f"The router of {target.model_type} shares weights between experts whose logits tie, so "
+            "it cannot start from zeros.",
+            "Use --router normal.",
+        )
 
 
 def _check_groups(shape: MoeShape, target: MoeTarget) -> None:
@@ -300,6 +329,25 @@ def _check_width(shape: MoeShape, body: Body, dtype: str) -> None:
                 f"products need in {TORCH_NAMES[dtype]}.",
                 "Use --dtype fp32." if size % 4 == 0 else "",
             )
+
+
+def _wide_enough(layout: Layout, source: Source, chosen: bool) -> Layout:
+    """Store everything in fp32 where arithmetic on tensors, such as 1 + w, needs its bits.
+
+    Raises:
+        UsageError: a narrower dtype was asked for.
+    """
+    weights = {name: ref.weight() for name, ref in source.tensors.items()}
+    computed = [name for name, weight in _rest(layout, weights) if weight.rounds]
+    if not computed or layout.dtype in {"F32", "F64"}:
+        return layout
+    if chosen:
+        raise UsageError(
+            f"{TORCH_NAMES[layout.dtype]} cannot hold {computed[0]} exactly, which "
+            f"{layout.target.model_type} stores with another value than {layout.family.model_type}.",
+            "Use --dtype fp32.",
+        )
+    return replace(layout, dtype="F32")
 
 
 def _check_tensors(source: Source) -> None:
@@ -346,11 +394,12 @@ def lay_out(
     rest: dict[int | None, Named] = {}
     for name, weight in _rest(layout, weights):
         rest.setdefault(split_name(name)[0], []).append((name, weight.cast(layout.dtype)))
-    around = rest.get(None, [])
-    yield "before", None, [pair for pair in around if "embed" in pair[0]]
+    around, stored = rest.get(None, []), layout.target.stored
+    yield "before", None, stored([pair for pair in around if "embed" in pair[0]])
     for layer in range(layout.body.num_layers):
-        yield f"layer {layer}", layer, rest.get(layer, []) + _ffn(layout, weights, make, layer)
-    yield "after", None, [pair for pair in around if "embed" not in pair[0]]
+        named = rest.get(layer, []) + _ffn(layout, weights, make, layer)
+        yield f"layer {layer}", layer, stored(named)
+    yield "after", None, stored([pair for pair in around if "embed" not in pair[0]])
 
 
 def _rest(layout: Layout, weights: Mapping[str, Weight]) -> Iterator[tuple[str, Weight]]:
@@ -419,12 +468,12 @@ def output_folder(recipe: Recipe, source: Source, shape: MoeShape) -> Path:
     return Path(f"{stem}-moe-{shape.num_experts}x-k{shape.top_k}")
 
 
-def _active(specs: list[TensorSpec], shape: MoeShape) -> int:
+def _active(specs: list[TensorSpec], target: MoeTarget, shape: MoeShape) -> int:
     """Return the parameters that one token uses."""
     active = 0
     for spec in specs:
-        routed = ".experts." in spec.name
-        active += _count(spec.shape) * (shape.top_k if routed else shape.num_experts)
+        used = shape.top_k if target.is_routed(spec.name) else shape.num_experts
+        active += _count(spec.shape) * used
     return active // shape.num_experts
 
 
@@ -496,6 +545,26 @@ def check_fits(plan: Plan, force: bool) -> None:
             )
 
 
+def _honesty(plan: Plan) -> Iterator[Note]:
+    """Say where training afterwards cannot do what a user may hope."""
+    experts = plan.recipe.experts
+    if experts.method == "clone" and plan.exact and plan.shape.top_k > 1:
+        yield Note(
+            "equal_experts",
+            "All experts are equal, so the language-model loss gives the router no gradient: "
+            "training routers alone can teach nothing but balance.",
+            "Train the experts too, or add --noise or --drop-ratio.",
+        )
+    for edit in experts.edits:
+        if edit.edit == "drop" and edit.ratio >= LARGE_DROP:
+            yield Note(
+                "large_drop",
+                f"Re-initialising {edit.ratio:.0%} of the neurons pays only after tens of billions "
+                "of tokens (arXiv 2502.19261).",
+                "For a short run use a smaller ratio or --noise.",
+            )
+
+
 def _warnings(plan: Plan) -> Iterator[Note]:
     shape, estimate = plan.shape, plan.estimate
     if shape.top_k == 1 and plan.target.weights_sum is not None:
@@ -504,6 +573,7 @@ def _warnings(plan: Plan) -> Iterator[Note]:
             "With --top-k 1 the chosen expert always weighs one, so the router gets no gradient.",
             "Use --top-k 2 or more if you mean to train it.",
         )
+    yield from _honesty(plan)
     if plan.recipe.router.kind == "zeros":
         yield Note(
             "zero_router",
@@ -519,7 +589,14 @@ def _warnings(plan: Plan) -> Iterator[Note]:
             "with the dense model, so that check will be left out here.",
             "Run `moe-convert verify` on a larger machine.",
         )
-    if plan.dtype != plan.source.dtype:
+    if plan.dtype != plan.source.dtype and plan.recipe.target.dtype == "auto":
+        yield Note(
+            "widened",
+            f"{plan.target.model_type} stores some tensors with another value than "
+            f"{plan.layout.family.model_type}, which {TORCH_NAMES[plan.source.dtype]} cannot hold "
+            "exactly, so everything is written in float32.",
+        )
+    elif plan.dtype != plan.source.dtype:
         yield Note(
             "cast",
             f"Weights are rounded from {TORCH_NAMES[plan.source.dtype]} to "

@@ -101,6 +101,11 @@ class Recipe(Section):
     verify: VerifySection = VerifySection()
     output: OutputSection = OutputSection()
 
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _clone_by_default(cls, value: Any) -> Any:
+        return {"method": "clone", **value} if isinstance(value, dict) else value
+
     def as_yaml(self) -> str:
         """Return the recipe with every default filled in."""
         data = self.model_dump(mode="json", by_alias=True)
@@ -180,6 +185,9 @@ def build_recipe(data: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise UsageError(f"{key} cannot be set: {part} is not a section.")
+        if last.endswith("[]"):
+            last = last.removesuffix("[]")
+            value = [*(node.get(last) or []), *value]
         node[last] = value
     try:
         return Recipe.model_validate(data)
