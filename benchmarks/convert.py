@@ -37,6 +37,13 @@ MERGEKIT_PINS = ("torch==2.13.0", "transformers==5.23.0", "mergekit==0.1.5")
 PYTHON, OURS, COPY, MERGEKIT = "interpreter", "moe-convert", "cp", "mergekit-moe"
 
 
+IMPORTS = (
+    "import moe_convert.workflow, torch; from transformers import AutoModelForCausalLM, "
+    "LlamaForCausalLM, MixtralConfig"
+)
+"""What the interpreter row imports: everything that a conversion needs before it reads a byte."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What every tool is asked to do, and where the tools are."""
@@ -250,9 +257,10 @@ def measure_writer(tool: str, argv: list[str], source: Path, output: Path) -> Us
 
 
 def our_command(job: Job, output: Path) -> list[str]:
-    """Clone with moe-convert; hashing is in the time, the closing load-and-compare is not."""
-    shape = ["--target", "mixtral", "-e", str(job.num_experts), "-k", "2", "--router", "normal"]
-    rest = ["--max-shard-size", "5GB", "--no-verify", "--yes", "-q"]
+    """Clone with moe-convert, without running the model: hashing is in the time, loading is not."""
+    shape = ["--target", "mixtral", "-e", str(job.num_experts), "-k", "2"]
+    router = ["--router", "normal", "--no-measure"]
+    rest = [*router, "--max-shard-size", "5GB", "--no-verify", "--yes", "-q"]
     return [str(job.moe_convert), "upcycle", str(job.source), "-o", str(output), *shape, *rest]
 
 
@@ -277,7 +285,7 @@ def run_round(job: Job) -> Iterator[Usage]:
     for leftover in (output, copy):
         shutil.rmtree(leftover, ignore_errors=True)
     python = str(job.moe_convert.with_name("python"))
-    yield measure(PYTHON, [python, "-c", "import moe_convert.convert"], job.work)
+    yield measure(PYTHON, [python, "-c", IMPORTS], job.work)
     yield measure_writer(OURS, our_command(job, output), job.source, output)
     yield measure_writer(COPY, ["/bin/cp", "-r", str(output), str(copy)], output, copy)
     shutil.rmtree(copy)
