@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,8 @@ from moe_convert import __version__
 from moe_convert.errors import MoeConvertError
 
 if TYPE_CHECKING:
-    from moe_convert.manifest import Manifest, VerifyReport
+    from moe_convert.devices import DeviceRow
+    from moe_convert.manifest import Manifest, Routing, VerifyReport
     from moe_convert.plan import Plan
 
 RESULT_SCHEMA = "moe-convert/result/1"
@@ -245,9 +246,20 @@ def plan_table(plan: Plan) -> Table:
         table.add_row(name, _plain(value))
     for engine, notes in plan.engines.items():
         table.add_row(engine, _plain("; ".join(notes)) if notes else "loads it, no known trap")
+    for row in plan.devices:
+        table.add_row(f"{row.num_devices} devices", device_line(row))
     for target, reasons in plan.refused.items():
         table.add_row(f"not {target}", _plain("; ".join(reasons)))
     return table
+
+
+def device_line(row: DeviceRow) -> str:
+    """Return what one number of devices means under expert parallelism."""
+    return (
+        f"{num_bytes(row.weight_bytes)} each, all-to-all "
+        f"{num_bytes(row.expected_all_to_all_bytes)} per token "
+        f"(max {num_bytes(row.max_all_to_all_bytes)}), {row.flop_per_byte:.0f} expert FLOP per byte"
+    )
 
 
 def tensor_table(plan: Plan) -> Table:
@@ -282,6 +294,22 @@ def verify_lines(report: VerifyReport) -> Iterator[str]:
         yield f"FAILED    {failure}"
 
 
+def routing_lines(routing: Routing) -> Iterator[str]:
+    """Yield what the first routers would do with the data, line by line."""
+    low, high = min(routing.logit_std), max(routing.logit_std)
+    known = [value for value in routing.condition if value is not None]
+    condition = f"{min(known):.3g} to {max(known):.3g}" if known else "infinite"
+    yield (
+        f"routers   on {routing.tokens} tokens ({routing.data}): logit std {low:.3g} to "
+        f"{high:.3g}, condition number {condition}"
+    )
+    experts = sum(len(load) for load in routing.load)
+    yield (
+        f"load      {routing.entropy_mean:.1%} even, busiest expert {routing.max_over_mean:.2f} "
+        f"times its share, {routing.dead_experts} of {experts} nearly unused"
+    )
+
+
 def verify_section(report: VerifyReport) -> dict[str, Any]:
     """Return the JSON section of a verification; what was not measured is left out."""
     return report.model_dump(exclude_none=True)
@@ -312,6 +340,7 @@ def plan_sections(plan: Plan) -> dict[str, Any]:
             "assumptions": ["disks write 0.2 to 2 GB/s", "conversion runs on the CPU"],
         },
         "engines": {name: list(notes) for name, notes in plan.engines.items()},
+        "devices": [asdict(row) for row in plan.devices],
         "warnings": [{"code": n.code, "message": n.message, "hint": n.hint} for n in plan.warnings],
     }
 
@@ -324,6 +353,8 @@ def manifest_sections(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "artifacts": {"model": str(folder), "manifest": str(folder / "moe_convert.json")},
         "warnings": [note.model_dump() for note in manifest.warnings],
     }
+    if manifest.routing is not None:
+        sections["routing"] = manifest.routing.model_dump()
     if manifest.verify is not None:
         sections["verify"] = verify_section(manifest.verify)
     return sections

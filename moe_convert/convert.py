@@ -13,13 +13,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moe_convert.checkpoint import CheckpointWriter, Source, sha256_of
+from moe_convert.checkpoint import CheckpointWriter, Source, TensorRef, sha256_of
+from moe_convert.compose import ExpertSource, averaged, check_tokenizers, distinct
 from moe_convert.edits import edited
 from moe_convert.errors import MoeConvertError, OutputExistsError, UsageError
+from moe_convert.experts import Compose, ComposeSource
 from moe_convert.ffn import Experts, Weight, gather
+from moe_convert.inputs import Inputs, read_inputs
 from moe_convert.manifest import (
     MANIFEST_NAME,
     SCHEMA,
@@ -33,10 +36,7 @@ from moe_convert.manifest import (
 )
 from moe_convert.plan import Plan, lay_out
 from moe_convert.recipe import Recipe
-from moe_convert.streams import DenseStream, sample_ids
-
-if TYPE_CHECKING:
-    import torch
+from moe_convert.routing import RouterMaker, routing_notes
 
 PLAN_NAME = ".plan"
 
@@ -59,17 +59,27 @@ def convert(plan: Plan, progress: Progress = silent) -> Manifest:
     progress("source", 0, 1)
     local = plan.source.fetch()
     progress("source", 1, 1)
-    partial = _open_partial(plan, local)
+    plan = replace(plan, experts=tuple(expert.fetch() for expert in plan.experts))
+    for expert in plan.experts:
+        check_tokenizers(expert.source, local)
+    inputs = read_inputs(plan.recipe, plan.shape, plan.layout.body.vocab_size, local.folder)
+    partial = _open_partial(plan, local, inputs)
+    weights = _weights_around(plan, local)
+    routers = RouterMaker(plan, local, weights, inputs)
+    refs = [*local.tensors.values(), *(r for e in distinct(plan.experts) for r in e.refs)]
     with ThreadPoolExecutor(max_workers=1) as pool:
-        broken = [pool.submit(ref.nonfinite) for ref in local.tensors.values()]
+        broken = [pool.submit(ref.nonfinite) for ref in refs]
         try:
-            hashes = _write_tensors(plan, local, partial, progress)
+            make = LayerMaker(plan, local, routers)
+            hashes = _write_tensors(plan, weights, make, partial, progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        warnings = _nonfinite_warnings(local, broken)
+        warnings = _nonfinite_warnings(refs, broken)
     _write_side_files(plan, local, partial)
+    warnings += routing_notes(routers.report)
     manifest = _manifest(plan, local, partial, hashes, warnings)
+    manifest.routing = routers.report
     manifest.save(partial)
     (partial / PLAN_NAME).unlink()
     _publish(plan, partial)
@@ -84,7 +94,8 @@ def check_output(plan: Plan) -> None:
         UsageError: it is the source folder.
     """
     output = plan.output
-    if plan.source.folder and output.resolve() == plan.source.folder.resolve():
+    folders = [plan.source.folder, *(expert.folder for expert in plan.experts)]
+    if any(folder and output.resolve() == folder.resolve() for folder in folders):
         raise UsageError("The output folder is the source itself.", "Choose another with -o.")
     if not output.exists():
         return
@@ -99,10 +110,10 @@ def check_output(plan: Plan) -> None:
         )
 
 
-def _open_partial(plan: Plan, local: Source) -> Path:
+def _open_partial(plan: Plan, local: Source, inputs: Inputs | None) -> Path:
     """Create the folder under construction, or take up the one that the same plan left."""
     partial = plan.output.absolute().with_name(plan.output.absolute().name + ".partial")
-    fingerprint = _fingerprint(plan, local)
+    fingerprint = _fingerprint(plan, local, inputs)
     mark = partial / PLAN_NAME
     if partial.exists() and not (mark.is_file() and mark.read_text() == fingerprint):
         _remove_partial(partial)
@@ -131,25 +142,34 @@ def _remove_partial(partial: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _fingerprint(plan: Plan, local: Source) -> str:
+def _fingerprint(plan: Plan, local: Source, inputs: Inputs | None) -> str:
     """Return a hash of everything that decides the bytes of the result."""
+    files = [*local.tensors.values(), *(ref for e in plan.experts for ref in e.refs)]
     stamps = {
-        str(ref.path): (ref.path.stat().st_size, ref.path.stat().st_mtime_ns)
-        for ref in local.tensors.values()
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in {ref.path: None for ref in files}
     }
     recipe = public_recipe(plan).model_dump_json(exclude={"verify"})
-    parts = [recipe, repr(plan.specs), json.dumps(plan.config), repr(stamps)]
+    tokens = inputs.sha256 if inputs else ""
+    parts = [recipe, repr(plan.specs), json.dumps(plan.config), repr(stamps), tokens]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _write_tensors(plan: Plan, local: Source, partial: Path, progress: Progress) -> dict[str, str]:
+def _write_tensors(
+    plan: Plan,
+    weights: Mapping[str, Weight],
+    make: LayerMaker,
+    partial: Path,
+    progress: Progress,
+) -> dict[str, str]:
     writer = CheckpointWriter(partial, plan.shards)
-    weights = {name: ref.weight() for name, ref in local.tensors.items()}
     total = sum(spec.num_bytes for spec in plan.specs)
     done = 0
     try:
-        for step, _, tensors in lay_out(plan.layout, weights, LayerMaker(plan, local, weights)):
-            if not writer.skip_step(step, [name for name, _ in tensors]):
+        for step, layer, tensors in lay_out(plan.layout, weights, make):
+            if writer.skip_step(step, [name for name, _ in tensors]):
+                make.pass_over(layer)
+            else:
                 for name, weight in tensors:
                     writer.write(name, weight)
                 writer.finish_step(step)
@@ -160,44 +180,39 @@ def _write_tensors(plan: Plan, local: Source, partial: Path, progress: Progress)
         writer.close()
 
 
-class LayerMaker:
-    """Makes experts and router of one layer; what needs the model's states runs it that far."""
+def _weights_around(plan: Plan, local: Source) -> dict[str, Weight]:
+    """Return what everything outside the experts is taken from."""
+    method = plan.recipe.experts
+    if isinstance(method, Compose) and method.attention == "average":
+        return averaged(plan.experts)
+    return {name: ref.weight() for name, ref in local.tensors.items()}
 
-    def __init__(self, plan: Plan, local: Source, weights: Mapping[str, Weight]) -> None:
+
+class LayerMaker:
+    """Makes experts and router of one layer."""
+
+    def __init__(self, plan: Plan, local: Source, routers: RouterMaker) -> None:
         """Prepare; nothing is read or run yet."""
-        self._plan, self._local, self._weights = plan, local, weights
-        self._stream: DenseStream | None = None
+        self._plan, self._routers = plan, routers
+        self._base = {name: ref.weight() for name, ref in local.tensors.items()}
 
     def __call__(self, layer: int) -> tuple[Experts, Weight]:
         """Return the layer's experts and router rows [E, D], lazily loaded."""
         plan = self._plan
         layout, shape = plan.layout, plan.shape
-        dense = layout.family.ffn(layer, self._weights, layout.body).cast(plan.dtype)
+        dense = layout.family.ffn(layer, self._base, layout.body).cast(plan.dtype)
+        others = (e.ffn(layer, layout.family, plan.dtype) for e in plan.experts)
         method = plan.recipe.experts
         assignment = method.assign(dense.num_neurons, plan.target, shape, layer)
-        experts = gather((dense,), assignment)
+        experts = gather((dense, *others), assignment)
         experts = edited(experts, method.edits, method.seed, layer)
         size = (shape.num_experts, layout.body.hidden_size)
-        return experts, Weight(size, plan.dtype, lambda: self._router(layer))
+        return experts, Weight(size, plan.dtype, lambda: self._routers(layer))
 
-    def _router(self, layer: int) -> torch.Tensor:
-        router, body = self._plan.recipe.router, self._plan.layout.body
-        copies = self._plan.recipe.experts.shared_rows
-        num_rows = -(-self._plan.shape.num_experts // copies)
-        rows_ED = router.rows(num_rows, body.hidden_size, layer).repeat_interleave(copies, dim=0)
-        rows_ED = rows_ED[: self._plan.shape.num_experts]
-        if router.needs_input:
-            return router.scaled(rows_ED, self._reach(layer), None)
-        norm = self._plan.layout.family.norm_before_ffn(layer, self._weights, body)
-        return router.scaled(rows_ED, None, norm.load() if norm else None)
-
-    def _reach(self, layer: int) -> torch.Tensor:
-        """Return what the FFN of this layer receives on the sample text."""
-        if self._stream is None:
-            ids_BT = sample_ids(self._local.folder, self._plan.layout.body.vocab_size)
-            config, family = self._local.config, self._plan.layout.family
-            self._stream = DenseStream(config, family, self._weights, ids_BT)
-        return self._stream.reach(layer)
+    def pass_over(self, layer: int | None) -> None:
+        """Measure the router of a layer that an earlier run wrote, for the report."""
+        if layer in self._plan.shape.moe_layers:
+            self._routers(layer)
 
 
 def _write_side_files(plan: Plan, local: Source, partial: Path) -> None:
@@ -205,6 +220,8 @@ def _write_side_files(plan: Plan, local: Source, partial: Path) -> None:
     (partial / "config.json").write_text(config, encoding="utf-8")
     recipe = public_recipe(plan)
     (partial / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
+    for name, path in plan.target.files.items():
+        shutil.copyfile(path, partial / name)
     for file in local.side_files():
         target = partial / file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -221,11 +238,36 @@ def public_recipe(plan: Plan) -> Recipe:
             "revision": plan.source.sha if plan.source.revision else recipe.source.revision,
         }
     )
-    target = recipe.target.model_copy(update={"architecture": plan.target.model_type})
+    target = recipe.target.model_copy(update={"architecture": plan.target.recipe_name})
+    experts = recipe.experts
+    if isinstance(experts, Compose):
+        experts = experts.model_copy(update={"sources": _public_sources(experts, plan.experts)})
     router = recipe.router.model_copy(update={"init": recipe.router.kind})
+    data = recipe.data.public
     output = recipe.output.model_copy(update={"dir": None, "overwrite": False})
     return recipe.model_copy(
-        update={"source": source, "target": target, "router": router, "output": output}
+        update={
+            "source": source,
+            "target": target,
+            "experts": experts,
+            "router": router,
+            "data": data,
+            "output": output,
+        }
+    )
+
+
+def _public_sources(
+    method: Compose, experts: tuple[ExpertSource, ...]
+) -> tuple[ComposeSource, ...]:
+    return tuple(
+        wanted.model_copy(
+            update={
+                "model": wanted.model if wanted.model.startswith("package://") else expert.name,
+                "revision": expert.sha or wanted.revision,
+            }
+        )
+        for wanted, expert in zip(method.sources, experts, strict=True)
     )
 
 
@@ -249,6 +291,7 @@ def _manifest(
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         recipe=public_recipe(plan).model_dump(mode="json", by_alias=True),
         source=source_info(plan, local),
+        expert_sources=[expert_info(plan, expert) for expert in plan.experts],
         target=target_info(plan).model_copy(update={"files": infos}),
         warnings=[*notes, *warnings],
         versions=versions(),
@@ -270,6 +313,19 @@ def source_info(plan: Plan, local: Source | None = None) -> SourceInfo:
     )
 
 
+def expert_info(plan: Plan, expert: ExpertSource) -> SourceInfo:
+    """Describe a checkpoint that experts come from."""
+    return SourceInfo(
+        id=expert.name,
+        revision=expert.revision,
+        sha=expert.sha,
+        architecture=plan.layout.family.architecture + (" LoRA" if expert.adapter else ""),
+        params=expert.num_params,
+        dtype=expert.dtype,
+        license=None if expert.adapter else expert.source.license,
+    )
+
+
 def target_info(plan: Plan) -> TargetInfo:
     """Describe the planned result."""
     shape = plan.shape
@@ -285,8 +341,8 @@ def target_info(plan: Plan) -> TargetInfo:
     )
 
 
-def _nonfinite_warnings(local: Source, broken: list[Future[bool]]) -> list[Warning_]:
-    names = [name for name, found in zip(local.tensors, broken, strict=True) if found.result()]
+def _nonfinite_warnings(refs: list[TensorRef], broken: list[Future[bool]]) -> list[Warning_]:
+    names = [ref.name for ref, found in zip(refs, broken, strict=True) if found.result()]
     return [
         Warning_(
             code="nonfinite",

@@ -6,13 +6,14 @@ import difflib
 import inspect
 from typing import TYPE_CHECKING
 
-
 from moe_convert.edits import EDITS
 from moe_convert.errors import UsageError
 from moe_convert.experts import METHODS
 from moe_convert.families import FAMILIES, DenseFamily
+from moe_convert.families.custom import CUSTOM, CUSTOM_FAMILIES, CustomFamily
 from moe_convert.routers import Router
 from moe_convert.targets import TARGETS, MoeTarget
+from moe_convert.wrappers import WRAPPERS, Wrapper
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
 ROUTING = {"softmax": "softmax over all experts, then top-k", "sigmoid": "sigmoid scores, top-k"}
 CONSTANT = {True: "a constant, so clones are exact", False: "what the router says"}
 DENSE = {"none": "none", "prefix": "the first ones", "any": "any"}
-SHARED = {"none": "none", "free": "of any width", "units": "in units of the expert size"}
+CUSTOM_TEXT = (
+    "--target custom: the dense class with experts for FFNs, by a modelling file beside the "
+    "weights; needs trust_remote_code=True, and no serving engine loads it"
+)
+PROOF = "clones and full splits are tested to reproduce the dense logits to 1e-4 in fp32"
+SHARED = {
+    "none": "none",
+    "free": "of any width",
+    "units": "in units of the expert size",
+    "one": "one of the expert size",
+}
 
 
 def describe(name: str) -> dict[str, list[str]]:
@@ -34,12 +45,22 @@ def describe(name: str) -> dict[str, list[str]]:
         sections[f"dense family {name}"] = _family(FAMILIES[name])
         for target in FAMILIES[name].targets:
             sections[f"as {target}"] = _target(TARGETS[target])
+    if name in CUSTOM_FAMILIES:
+        sections[f"{name} as {CUSTOM}"] = _custom(CUSTOM_FAMILIES[name])
+    for wrapper in WRAPPERS:
+        if name in {wrapper.model_type, wrapper.moe_type}:
+            sections[f"{wrapper.model_type} as {wrapper.moe_type}"] = _wrapper(wrapper)
+    if name == CUSTOM:
+        sections["MoE target custom"] = [CUSTOM_TEXT]
+        sections["holds"] = [", ".join(CUSTOM_FAMILIES)]
     elif name in TARGETS:
         sections[f"MoE target {name}"] = _target(TARGETS[name])
         held = [f.model_type for f in FAMILIES.values() if name in f.targets]
         sections["holds"] = [", ".join(held)]
-    else:
-        near = difflib.get_close_matches(name, [*FAMILIES, *TARGETS], n=1)
+    elif not sections:
+        wrapped = [row.model_type for row in WRAPPERS]
+        known = [*FAMILIES, *TARGETS, *wrapped, *CUSTOM_FAMILIES, CUSTOM]
+        near = difflib.get_close_matches(name, known, n=1)
         raise UsageError(
             f"There is no family or target {name!r}.",
             f"Did you mean {near[0]}?" if near else "See `moe-convert archs ls`.",
@@ -49,13 +70,30 @@ def describe(name: str) -> dict[str, list[str]]:
 
 def _family(family: DenseFamily) -> list[str]:
     lines = [f"class: {family.architecture}", f"for example: {family.examples}"]
+    lines.append(f"exact{': ' + family.limit if family.limit else ''}; {PROOF}")
     for name, allowed in family.only.items():
         lines.append(f"refused unless {name} is {' or '.join(map(repr, allowed))}")
     return lines
 
 
+def _wrapper(wrapper: Wrapper) -> list[str]:
+    inner = [f"{dense} as {text.moe_type}" for dense, text in wrapper.texts.items()]
+    return [
+        f"class: {wrapper.architecture}",
+        f"for example: {wrapper.examples}",
+        f"text decoder: {', '.join(inner)}",
+        "towers, projectors, their config and processor files go through as they are",
+        f"exact; {PROOF}, for texts and for a prompt with an image",
+    ]
+
+
+def _custom(family: CustomFamily) -> list[str]:
+    lines = [f"class: {family.architecture}", f"for example: {family.examples}"]
+    return [*lines, f"no stock architecture holds all of it: {family.reason}", CUSTOM_TEXT]
+
+
 def _target(target: MoeTarget) -> list[str]:
-    holds = [*target.holds, *target.always]
+    holds = [*target.holds, *target.always, *sorted(target.absorbs)]
     constant = target.weights_sum is not None
     refused = "refused: any other feature of the body, by name"
     lines = [
@@ -92,5 +130,6 @@ def describe_method(name: str) -> list[str]:
         raise UsageError(f"There is no method {name!r}.", f"Known: {', '.join(known)}.")
     lines = inspect.cleandoc(model.__doc__ or "").splitlines()
     for field, info in model.model_fields.items():
-        lines.append(f"  {field} = {info.default!r}  {info.description or ''}".rstrip())
+        default = "(required)" if info.is_required() else f"= {info.default!r}"
+        lines.append(f"  {field} {default}  {info.description or ''}".rstrip())
     return lines

@@ -57,7 +57,7 @@ class Edit(BaseModel):
 
 
 class Noise(Edit):
-    """Add Gaussian noise of `std` times each matrix's own standard deviation.
+    """Add Gaussian noise of `std` times each matrix's own standard deviation, or of `std` itself.
 
     Breaks the symmetry between clones, without which a router learns nothing from the language
     model loss (He et al. 2024, arXiv 2410.07524, discuss noisy starts). The relative error of an
@@ -66,6 +66,7 @@ class Noise(Edit):
 
     edit: Literal["noise"] = "noise"
     std: float = Field(0.01, ge=0, le=10, description="relative to the matrix's own std")
+    relative: bool = Field(True, description="false: std is the noise's own, as in mergekit-moe")
 
     paper: ClassVar[str] = "arXiv 2410.07524"
     summary: ClassVar[str] = "add noise relative to each matrix's spread"
@@ -82,7 +83,8 @@ class Noise(Edit):
     def _noise(self, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         import torch
 
-        return torch.randn(tensor.shape, generator=generator) * (self.std * tensor.std())
+        std = self.std * (tensor.std() if self.relative else 1.0)
+        return torch.randn(tensor.shape, generator=generator) * std
 
 
 class Drop(Edit):

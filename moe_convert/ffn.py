@@ -115,9 +115,7 @@ class Weight:
             start, stop = neurons.start, neurons.stop
             if shape == self.shape:
                 return self
-            return Weight(
-                shape, self.dtype, lambda: self.load()[:, start:stop], rounds=self.rounds
-            )
+            return Weight(shape, self.dtype, lambda: self.load()[:, start:stop], rounds=self.rounds)
         return Weight(shape, self.dtype, lambda: self.load()[:, neurons], rounds=self.rounds)
 
     def scaled(self, factor: float) -> Weight:

@@ -90,6 +90,29 @@ class VerifyReport(Model):
     generation: list[str] = Field(default_factory=list)
 
 
+class Routing(Model):
+    """What the first routers would do with the data; the lists have an entry per MoE layer.
+
+    `load` is each expert's share of all choices. `condition` is the condition number of the
+    distinct rows less their mean, null where they depend on each other, and `closest` the largest
+    cosine between two of them. Entropies are those of the load over the largest possible one, and
+    an expert is dead that gets less than a tenth of its fair share.
+    """
+
+    data: str
+    tokens: int
+    tokens_sha256: str
+    layers: list[int]
+    logit_std: list[float]
+    condition: list[float | None]
+    closest: list[float]
+    load: list[list[float]]
+    entropy_mean: float
+    entropy_min: float
+    max_over_mean: float
+    dead_experts: int
+
+
 class Warning_(Model):
     """A warning with a stable code."""
 
@@ -107,8 +130,10 @@ class Manifest(Model):
     created_at: str
     recipe: dict[str, Any]
     source: SourceInfo
+    expert_sources: list[SourceInfo] = Field(default_factory=list)
     target: TargetInfo
     verify: VerifyReport | None = None
+    routing: Routing | None = None
     warnings: list[Warning_] = Field(default_factory=list)
     versions: dict[str, str]
     hardware: dict[str, str]

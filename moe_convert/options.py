@@ -43,7 +43,10 @@ CHOICES: dict[str, Choice] = {
     "recipe": Choice((), str, "-r --recipe", "Recipe: a gallery name or a file."),
     "output": Choice(("output.dir",), str, "-o --output", "Output folder."),
     "target": Choice(
-        ("target.architecture",), str, "--target", "MoE architecture: auto, or one of `archs ls`."
+        ("target.architecture",),
+        str,
+        "--target",
+        "MoE architecture: auto, one of `archs ls`, or custom (own code beside the weights).",
     ),
     "experts": Choice(("target.num_experts",), int, "-e --experts", "Routed experts (default: 8)."),
     "top_k": Choice(("target.top_k",), int, "-k --top-k", "Experts per token (default: 2)."),
@@ -51,7 +54,7 @@ CHOICES: dict[str, Choice] = {
         ("experts.method",),
         str,
         "--method",
-        "How experts are made: clone, split or shared-residual.",
+        "How experts are made: clone, split, shared-residual or compose.",
     ),
     "shared_experts": Choice(
         ("target.shared_experts",),
@@ -104,6 +107,15 @@ CHOICES: dict[str, Choice] = {
         "Experts",
         lambda ratio: {"edit": "drop", "ratio": ratio},
     ),
+    "source_expert": Choice(
+        ("experts.sources[]",),
+        list[str],
+        "--source-expert",
+        "compose: MODEL[@REV][=PROMPTFILE], a checkpoint or LoRA folder whose FFN becomes an "
+        "expert; repeat it. The file has a prompt per line.",
+        "Experts",
+        lambda text: _source_expert(text),
+    ),
     "seed": Choice(
         ("experts.seed", "router.seed"),
         int,
@@ -112,7 +124,11 @@ CHOICES: dict[str, Choice] = {
         "Experts",
     ),
     "router": Choice(
-        ("router.init",), str, "--router", "auto, zeros, normal or orthogonal.", "Router"
+        ("router.init",),
+        str,
+        "--router",
+        "auto, zeros, normal, orthogonal, centroid or prompts.",
+        "Router",
     ),
     "router_std": Choice(
         ("router.logit_std",),
@@ -127,6 +143,21 @@ CHOICES: dict[str, Choice] = {
         "--measure/--no-measure",
         "Set it on the dense model's hidden states (default), or work it out from the norms.",
         "Router",
+    ),
+    "data": Choice(
+        ("data.train",),
+        str,
+        "--data",
+        "Text that routers are made and measured on: a .txt, .jsonl or .parquet file, a glob, or "
+        "org/name on the Hub (default: a short built-in text).",
+        "Data",
+    ),
+    "text_field": Choice(
+        ("data.text_field",),
+        str,
+        "--text-field",
+        "Field of a JSON line or table that holds the text (default: text).",
+        "Data",
     ),
     "max_shard_size": Choice(
         ("output.max_shard_size",),
@@ -197,6 +228,8 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     for name, choice in CHOICES.items():
         if values[name] is not None:
             _apply(changes, choice, values[name])
+    if values["source_expert"]:
+        changes.setdefault("experts.method", "compose")
     if values["recipe"]:
         return load_recipe(values["recipe"], changes)
     if "source.model" not in changes:
@@ -207,9 +240,27 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
 def _apply(changes: dict[str, Any], choice: Choice, value: Any) -> None:
     for field in choice.fields:
         if field.endswith("[]"):
-            changes.setdefault(field, []).append(choice.wrap(value))
+            given = value if isinstance(value, list) else [value]
+            changes.setdefault(field, []).extend(choice.wrap(one) for one in given)
         else:
             changes[field] = value
+
+
+def _source_expert(text: str) -> dict[str, Any]:
+    """Return the entry of `experts.sources` that MODEL[@REV][=PROMPTFILE] stands for."""
+    from pathlib import Path
+
+    model, _, file = (text, "", "") if Path(text).exists() else text.partition("=")
+    entry: dict[str, Any] = {"model": model}
+    if "@" in model and not Path(model).exists():
+        entry["model"], _, entry["revision"] = model.partition("@")
+    if file:
+        try:
+            lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"The prompts in {file} cannot be read: {error}.") from error
+        entry["prompts"] = [line.strip() for line in lines if line.strip()]
+    return entry
 
 
 def _setting(pair: str) -> tuple[str, Any]:

@@ -14,14 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from moe_convert.checkpoint import Shard, Source, TensorSpec, open_source, shard, stored_shapes
+from moe_convert.checkpoint.names import full_config
+from moe_convert.compose import ExpertSource, distinct, notes, open_experts
+from moe_convert.devices import DeviceRow, device_rows
 from moe_convert.errors import DoesNotFitError, SourceError, UnsupportedError, UsageError
+from moe_convert.experts import Compose
 from moe_convert.families import Body, DenseFamily, find_family, split_name
+from moe_convert.families.custom import CUSTOM, CustomFamily, custom_hint, find_custom
 from moe_convert.ffn import TORCH_NAMES, Experts, Ffn, Weight
+from moe_convert.inputs import check_inputs, input_notes
 from moe_convert.recipe import DTYPES, Recipe, chosen_layers
-from moe_convert.targets import TARGETS, MoeShape, MoeTarget, candidates, with_legacy_keys
+from moe_convert.targets import TARGETS, MoeShape, MoeTarget, with_legacy_keys
 from moe_convert.targets.base import EMBEDDING
+from moe_convert.targets.custom import custom_target
+from moe_convert.wrappers import AROUND, WrappedFamily, find_wrapped
 
 LARGE_DROP = 0.5
+CUSTOM_METHODS = ("clone", "split")
 GROUPED_MM_BYTES = 16
 INTERPRETER_BYTES = 450 * 10**6
 WRITE_RATE = (0.2e9, 2e9)
@@ -71,7 +80,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides names, shapes and dtypes of the result."""
+    """What decides names, shapes and dtypes of the result.
+
+    With `as_stored` a tensor that the source holds in a wider dtype than the rest keeps it.
+    """
 
     family: DenseFamily
     body: Body
@@ -79,6 +91,7 @@ class Layout:
     shape: MoeShape
     dtype: str
     untie: bool
+    as_stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,7 @@ class Plan:
     params_active: int
     estimate: Estimate
     warnings: tuple[Note, ...]
+    experts: tuple[ExpertSource, ...] = ()
 
     @property
     def target(self) -> MoeTarget:
@@ -131,7 +145,20 @@ class Plan:
     def exact(self) -> bool:
         """Whether the result must compute the dense function before any training."""
         neutral = self.recipe.router.kind == "zeros"
-        return self.recipe.experts.exact(self.target, self.shape, neutral)
+        unchanged = all(expert.same_as(self.source) for expert in self.experts)
+        return unchanged and self.recipe.experts.exact(self.target, self.shape, neutral)
+
+    @property
+    def devices(self) -> tuple[DeviceRow, ...]:
+        """What the result asks of several devices, by their number."""
+        routed = [spec for spec in self.specs if self.target.is_routed(spec.name)]
+        return device_rows(
+            self.layout.body,
+            self.shape,
+            self.dtype,
+            total_bytes=sum(spec.num_bytes for spec in self.specs),
+            routed_bytes=sum(spec.num_bytes for spec in routed),
+        )
 
     @property
     def engines(self) -> dict[str, tuple[str, ...]]:
@@ -147,25 +174,30 @@ def make_plan(recipe: Recipe, token: str | None = None) -> Plan:
         SourceError: the source is missing, corrupt or unsupported.
     """
     source = open_source(recipe.source.model, recipe.source.revision, token)
-    return plan_source(recipe, source)
+    return plan_source(recipe, source, token)
 
 
-def plan_source(recipe: Recipe, source: Source) -> Plan:
+def plan_source(recipe: Recipe, source: Source, token: str | None = None) -> Plan:
     """Resolve a recipe against an opened source; see `make_plan`."""
-    family, body = find_family(source.config)
-    _check_tensors(source)
-    body = replace(
-        body,
-        tied=body.tied and "lm_head.weight" not in source.tensors,
-        max_positions=min(body.max_positions, recipe.target.max_positions or body.max_positions),
-    )
-    target, refused = choose_target(recipe, family, body)
+    source, family, body = _read(recipe, source)
+    experts: tuple[ExpertSource, ...] = ()
+    if isinstance(recipe.experts, Compose):
+
+        def read(other: Source) -> tuple[Source, Body]:
+            read_source, _, other_body = _read(recipe, other)
+            return read_source, other_body
+
+        experts = open_experts(recipe.experts, source, body, read, token)
+    target, refused = choose_target(recipe, source, family, body)
     dtype = DTYPES.get(recipe.target.dtype, source.dtype)
     shape = choose_shape(recipe, family, body, target)
-    untie = body.tied and (recipe.output.compat or target.must_untie(body))
-    layout = Layout(family, body, target, shape, dtype, untie)
+    check_inputs(recipe, shape, body.hidden_size, body.vocab_size, source.folder)
+    untie = target.stock and body.tied and (recipe.output.compat or target.must_untie(body))
+    as_stored = recipe.target.dtype == "auto"
+    layout = Layout(family, body, target, shape, dtype, untie, as_stored)
     layout = _wide_enough(layout, source, chosen=recipe.target.dtype != "auto")
-    _check_width(shape, body, layout.dtype)
+    if target.stock:
+        _check_width(shape, body, layout.dtype)
     steps = tuple(announce(layout, source))
     specs = [spec for step in steps for spec in step.specs]
     plan = Plan(
@@ -180,13 +212,49 @@ def plan_source(recipe: Recipe, source: Source) -> Plan:
         params_active=_active(specs, target, shape),
         estimate=_EMPTY,
         warnings=(),
+        experts=experts,
     )
     plan = replace(plan, estimate=_estimate(plan))
     return replace(plan, warnings=tuple(_warnings(plan)))
 
 
+def _read(recipe: Recipe, source: Source) -> tuple[Source, DenseFamily, Body]:
+    """Return the source with names that its family understands, the family and its body."""
+    source, family, body = _understood(recipe, source)
+    body = replace(
+        body,
+        tied=body.tied and "lm_head.weight" not in source.tensors,
+        max_positions=min(body.max_positions, recipe.target.max_positions or body.max_positions),
+    )
+    return source, family, body
+
+
+def _understood(recipe: Recipe, source: Source) -> tuple[Source, DenseFamily, Body]:
+    if recipe.target.architecture != CUSTOM:
+        wrapped = find_wrapped(source.config)
+        family, body = wrapped or find_family(source.config)
+        _check_tensors(source, stored_shapes(full_config(source.config)), family.unused)
+        return wrapped[0].opened(source) if wrapped else source, family, body
+    if recipe.target.max_positions is not None:
+        raise UsageError("target.max_positions has no effect with --target custom.")
+    if recipe.experts.method not in CUSTOM_METHODS:
+        raise UsageError(
+            f"--method {recipe.experts.method} is not proved with --target custom.",
+            f"Use {' or '.join(CUSTOM_METHODS)}.",
+        )
+    if not all(edit.neutral for edit in recipe.experts.edits):
+        raise UsageError(
+            "Edits such as --noise need FFNs of gate, up and down, and those of custom targets may "
+            "look otherwise."
+        )
+    custom, body = find_custom(source.config)
+    source = custom.opened(source)
+    _check_tensors(source, custom.expected(source.config))
+    return source, custom, body
+
+
 def choose_target(
-    recipe: Recipe, family: DenseFamily, body: Body
+    recipe: Recipe, source: Source, family: DenseFamily, body: Body
 ) -> tuple[MoeTarget, dict[str, list[str]]]:
     """Return the wanted target, or the first that fits, and why the others do not.
 
@@ -195,10 +263,14 @@ def choose_target(
         UnsupportedError: none fits; the sentence gives the reason of each.
     """
     wanted = recipe.target.architecture
-    found = candidates(family, body)
-    if wanted != "auto" and wanted not in TARGETS:
+    if isinstance(family, CustomFamily):
+        return custom_target(family, source.config), {}
+    rows = _rows(family)
+    found = {name: rows[name].misfits(body) for name in family.targets}
+    if wanted != "auto" and wanted not in rows:
         raise UsageError(
-            f"There is no target {wanted!r}; expected auto or one of {', '.join(TARGETS)}."
+            f"There is no target {wanted!r}; expected auto, {CUSTOM} or one of "
+            f"{', '.join(TARGETS)}."
         )
     if wanted != "auto" and wanted not in found:
         raise UnsupportedError(
@@ -209,12 +281,22 @@ def choose_target(
     fitting = [name for name in names if not found[name]] or [""]
     if not fitting[0]:
         reasons = "; ".join(f"{name}: {', '.join(found[name])}" for name in names)
-        raise UnsupportedError(f"No target can hold this {family.model_type} exactly ({reasons}).")
+        raise UnsupportedError(
+            f"No target can hold this {family.model_type} exactly ({reasons}).",
+            custom_hint(family.model_type),
+        )
     wants_dense = len(chosen_layers(recipe.target.layers, body.num_layers)) < body.num_layers
     if wanted == "auto":
-        able = [n for n in fitting if _suits(recipe, body, TARGETS[n], wants_dense)]
+        able = [n for n in fitting if _suits(recipe, body, rows[n], wants_dense)]
         fitting = able or fitting
-    return TARGETS[fitting[0]], {name: why for name, why in found.items() if why}
+    return rows[fitting[0]], {name: why for name, why in found.items() if why}
+
+
+def _rows(family: DenseFamily) -> Mapping[str, MoeTarget]:
+    """Return the target rows by name, with those that only this checkpoint has."""
+    if isinstance(family, WrappedFamily):
+        return {**TARGETS, family.target.model_type: family.target}
+    return TARGETS
 
 
 def _suits(recipe: Recipe, body: Body, target: MoeTarget, wants_dense: bool) -> bool:
@@ -252,7 +334,7 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
     size = recipe.experts.expert_size(body.ffn_size, wanted.num_experts + wanted.shared_experts)
     shared_size = recipe.experts.shared_size(body.ffn_size, size, wanted.shared_experts)
     if shared_size and target.shared == "none":
-        able = [name for name in family.targets if TARGETS[name].shared != "none"]
+        able = [name for name in family.targets if _rows(family)[name].shared != "none"]
         raise UsageError(
             f"{target.model_type} has no shared experts.",
             f"Use --target {' or '.join(able)}." if able else "",
@@ -272,7 +354,7 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
     recipe.experts.check(body.ffn_size, target, shape)
     shape = replace(shape, routed_scale=recipe.experts.routed_scale(target, shape))
     if not target.allows_dense(shape):
-        able = [name for name in family.targets if TARGETS[name].allows_dense(shape)]
+        able = [name for name in family.targets if _rows(family)[name].allows_dense(shape)]
         raise UsageError(
             f"{target.model_type} cannot keep layers {list(shape.dense_layers)} dense.",
             f"Targets that can: {', '.join(able) or 'none'}.",
@@ -291,8 +373,8 @@ def _check_fixed_router(recipe: Recipe, target: MoeTarget) -> None:
         )
     if recipe.router.kind == "zeros":
         raise UsageError(
-            f"The router of {target.model_type} shares weights between experts whose logits tie, so "
-            "it cannot start from zeros.",
+            f"The router of {target.model_type} shares weights between experts whose logits tie, "
+            "so it cannot start from zeros.",
             "Use --router normal.",
         )
 
@@ -344,18 +426,17 @@ def _wide_enough(layout: Layout, source: Source, chosen: bool) -> Layout:
     if chosen:
         raise UsageError(
             f"{TORCH_NAMES[layout.dtype]} cannot hold {computed[0]} exactly, which "
-            f"{layout.target.model_type} stores with another value than {layout.family.model_type}.",
+            f"{layout.target.model_type} stores with another value than {layout.family.model_type} "
+            "does.",
             "Use --dtype fp32.",
         )
     return replace(layout, dtype="F32")
 
 
-def _check_tensors(source: Source) -> None:
+def _check_tensors(
+    source: Source, expected: Mapping[str, tuple[int, ...]], unused: tuple[str, ...] = ()
+) -> None:
     """Compare the headers with what transformers' own class stores for this config."""
-    from transformers import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING[str(source.config["model_type"])].from_dict(dict(source.config))
-    expected = stored_shapes(config)
     for name, shape in expected.items():
         ref = source.tensors.get(name)
         if ref is None:
@@ -368,9 +449,12 @@ def _check_tensors(source: Source) -> None:
             raise SourceError(
                 f"Tensor {name} has dtype {ref.dtype}, expected one of {', '.join(TORCH_NAMES)}."
             )
-    head = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = full_config(source.config).tie_word_embeddings
+    ignored = ("rotary_emb.inv_freq", "lm_head.weight") if tied else "rotary_emb.inv_freq"
     extra = sorted(
-        n for n in source.tensors.keys() - expected.keys() - head if "rotary_emb.inv_freq" not in n
+        n
+        for n in source.tensors.keys() - expected.keys()
+        if not n.endswith(ignored) and not n.startswith(unused)
     )
     if extra:
         raise SourceError(
@@ -393,13 +477,20 @@ def lay_out(
     """
     rest: dict[int | None, Named] = {}
     for name, weight in _rest(layout, weights):
-        rest.setdefault(split_name(name)[0], []).append((name, weight.cast(layout.dtype)))
+        rest.setdefault(split_name(name)[0], []).append((name, _cast(layout, name, weight)))
     around, stored = rest.get(None, []), layout.target.stored
     yield "before", None, stored([pair for pair in around if "embed" in pair[0]])
     for layer in range(layout.body.num_layers):
         named = rest.get(layer, []) + _ffn(layout, weights, make, layer)
         yield f"layer {layer}", layer, stored(named)
     yield "after", None, stored([pair for pair in around if "embed" not in pair[0]])
+
+
+def _cast(layout: Layout, name: str, weight: Weight) -> Weight:
+    wider = weight.stored is not None and _bits(weight.dtype) > _bits(layout.dtype)
+    if name.startswith(AROUND) or (wider and layout.as_stored):
+        return weight
+    return weight.cast(layout.dtype)
 
 
 def _rest(layout: Layout, weights: Mapping[str, Weight]) -> Iterator[tuple[str, Weight]]:
@@ -429,26 +520,26 @@ def announce(layout: Layout, source: Source) -> Iterator[Step]:
     weights = {name: ref.weight() for name, ref in source.tensors.items()}
     shape, body, dtype = layout.shape, layout.body, layout.dtype
     router_ED = Weight.filled((shape.num_experts, body.hidden_size), 0.0, dtype)
-    blank = blank_experts(body, shape, dtype)
-    for name, layer, tensors in lay_out(layout, weights, lambda _: (blank, router_ED)):
+
+    def blank(layer: int) -> tuple[Experts, Weight]:
+        ffn = layout.family.ffn(layer, weights, body).cast(dtype)
+        return blank_experts(ffn, shape), router_ED
+
+    for name, layer, tensors in lay_out(layout, weights, blank):
         specs = tuple(TensorSpec(n, weight.shape, weight.dtype) for n, weight in tensors)
         yield Step(name, layer, specs)
 
 
-def blank_experts(body: Body, shape: MoeShape, dtype: str) -> Experts:
+def blank_experts(ffn: Ffn, shape: MoeShape) -> Experts:
     """Return experts of the right sizes whose values are never asked for."""
+    import torch
 
-    def ffn(neurons: int) -> Ffn:
-        wide = Weight.filled((neurons, body.hidden_size), 0.0, dtype)
-        return Ffn(wide, wide, Weight.filled((body.hidden_size, neurons), 0.0, dtype), body.act)
-
-    return Experts((ffn(shape.expert_size),) * shape.num_experts, ffn(shape.shared_size))
+    routed = ffn.select(torch.arange(shape.expert_size))
+    return Experts((routed,) * shape.num_experts, ffn.select(torch.arange(shape.shared_size)))
 
 
 def _config(layout: Layout, compat: bool) -> dict[str, Any]:
     """Return config.json and make sure that transformers takes it."""
-    from transformers import CONFIG_MAPPING
-
     target = layout.target
     config = {
         "architectures": [target.architecture],
@@ -456,8 +547,10 @@ def _config(layout: Layout, compat: bool) -> dict[str, Any]:
         "dtype": TORCH_NAMES[layout.dtype],
         **target.config(layout.body, layout.shape, layout.untie),
     }
-    CONFIG_MAPPING[target.model_type].from_dict(dict(config))
-    return with_legacy_keys({**config, "torch_dtype": config["dtype"]}) if compat else config
+    full_config(config)
+    if not (compat and target.stock):
+        return config
+    return with_legacy_keys({**config, "torch_dtype": config["dtype"]})
 
 
 def output_folder(recipe: Recipe, source: Source, shape: MoeShape) -> Path:
@@ -493,10 +586,12 @@ _EMPTY = Estimate(0, 0, 0, 0, 0, 0, (0.0, 0.0))
 
 def _estimate(plan: Plan) -> Estimate:
     output_bytes = sum(shard.num_bytes for shard in plan.shards)
-    fetched = plan.source.download_bytes + plan.source.unpack_bytes
+    sources = [plan.source, *(e.source for e in distinct(plan.experts) if not e.adapter)]
+    download = sum(source.download_bytes for source in sources)
+    fetched = download + sum(source.unpack_bytes for source in sources)
     largest = max(_count(ref.shape) for ref in plan.source.tensors.values())
     params, dense = plan.params_total, plan.params_dense
-    unpacking = 3 * plan.source.unpack_bytes
+    unpacking = 3 * max(source.unpack_bytes for source in sources)
     verify = 4 * max(params, dense) if plan.recipe.verify.enabled else 0
     quick, slow = (
         (output_bytes + fetched) / rate + verify / (10 * rate) for rate in WRITE_RATE[::-1]
@@ -505,7 +600,7 @@ def _estimate(plan: Plan) -> Estimate:
     while not folder.exists():
         folder = folder.parent
     return Estimate(
-        download_bytes=plan.source.download_bytes,
+        download_bytes=download,
         disk_bytes=output_bytes + fetched,
         free_disk_bytes=shutil.disk_usage(folder).free,
         ram_bytes=INTERPRETER_BYTES + max(unpacking, 8 * largest),
@@ -548,7 +643,7 @@ def check_fits(plan: Plan, force: bool) -> None:
 def _honesty(plan: Plan) -> Iterator[Note]:
     """Say where training afterwards cannot do what a user may hope."""
     experts = plan.recipe.experts
-    if experts.method == "clone" and plan.exact and plan.shape.top_k > 1:
+    if experts.method in {"clone", "compose"} and plan.exact and plan.shape.top_k > 1:
         yield Note(
             "equal_experts",
             "All experts are equal, so the language-model loss gives the router no gradient: "
@@ -565,6 +660,16 @@ def _honesty(plan: Plan) -> Iterator[Note]:
             )
 
 
+def _source_notes(plan: Plan) -> Iterator[Note]:
+    """Say what is left out of a composition, and what the recipe itself has to say."""
+    if isinstance(plan.recipe.experts, Compose):
+        layout = plan.layout
+        found = notes(plan.recipe.experts, plan.experts, plan.source, layout.family, layout.body)
+        yield from (Note(*note) for note in found)
+    yield from (Note(*note) for note in input_notes(plan.recipe))
+    yield from (Note("recipe_note", text) for text in plan.recipe.notes)
+
+
 def _warnings(plan: Plan) -> Iterator[Note]:
     shape, estimate = plan.shape, plan.estimate
     if shape.top_k == 1 and plan.target.weights_sum is not None:
@@ -574,6 +679,23 @@ def _warnings(plan: Plan) -> Iterator[Note]:
             "Use --top-k 2 or more if you mean to train it.",
         )
     yield from _honesty(plan)
+    yield from _source_notes(plan)
+    family = plan.layout.family
+    unused = [name for name in plan.source.tensors if name.startswith(family.unused)]
+    if unused:
+        yield Note(
+            "unused",
+            f"{unused[0]} and {len(unused) - 1} more tensors are left out: transformers loads them "
+            "for no model of this type.",
+        )
+    if isinstance(family, WrappedFamily):
+        yield Note("multimodal", family.path(plan.source.tensors))
+    if not plan.target.stock:
+        yield Note(
+            "custom_code",
+            "The result needs trust_remote_code=True, which runs the modelling file beside the "
+            "weights, and no serving engine loads it.",
+        )
     if plan.recipe.router.kind == "zeros":
         yield Note(
             "zero_router",

@@ -6,16 +6,27 @@ An unknown key is an error that names the nearest known one; nothing is ignored.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from moe_convert.data import Data
 from moe_convert.errors import UsageError
 from moe_convert.experts import METHODS, Clone, ExpertsNode
+from moe_convert.mergekit import imported, is_mergekit
 from moe_convert.routers import Router
 
 SCHEMA: Final = "moe-convert/recipe/1"
@@ -94,10 +105,14 @@ class Recipe(Section):
     schema_id: Literal["moe-convert/recipe/1"] = Field(SCHEMA, alias="schema")
     name: str | None = None
     description: str | None = None
+    notes: list[str] = Field(
+        default_factory=list, description="what to know before running it; shown as warnings"
+    )
     source: SourceSection
     target: TargetSection = TargetSection()
     experts: ExpertsNode = Clone()
     router: Router = Router()
+    data: Data = Data()
     verify: VerifySection = VerifySection()
     output: OutputSection = OutputSection()
 
@@ -105,6 +120,19 @@ class Recipe(Section):
     @classmethod
     def _clone_by_default(cls, value: Any) -> Any:
         return {"method": "clone", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_many_as_the_method_has(
+        cls, value: Any, handler: ModelWrapValidatorHandler[Recipe]
+    ) -> Recipe:
+        """Take the number of experts from the method where the recipe does not give one."""
+        recipe = handler(value)
+        wanted = recipe.experts.num_experts
+        if wanted is None or "num_experts" in recipe.target.model_fields_set:
+            return recipe
+        target = recipe.target.model_copy(update={"num_experts": wanted})
+        return recipe.model_copy(update={"target": target})
 
     def as_yaml(self) -> str:
         """Return the recipe with every default filled in."""
@@ -117,7 +145,7 @@ def parse_bytes(text: str) -> int:
     number, unit = text.strip()[:-2], text.strip()[-2:].upper()
     try:
         size = int(float(number) * UNITS[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise ValueError(f"{text!r} is no size; write for example 500MB or 5GB") from None
     if size < 1:
         raise ValueError(f"{text!r} is not positive")
@@ -136,7 +164,7 @@ def chosen_layers(layers: str | list[int], num_layers: int) -> tuple[int, ...]:
         bounds = [int(part) if part.strip() else None for part in layers.split(":")]
         if len(bounds) > 3:
             raise ValueError(f"{layers!r} is no slice; write for example 4: or ::2")
-        return tuple(range(num_layers)[slice(*bounds)])
+        return tuple(sorted(range(num_layers)[slice(*bounds)]))
     try:
         numbers = [int(part) for part in layers.split(",")] if isinstance(layers, str) else layers
     except ValueError:
@@ -164,12 +192,35 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
         raise UsageError(f"Cannot read recipe {path.name}: {error}.") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path.name} is no recipe: it must be a mapping with a `schema` key.")
+    if is_mergekit(data):
+        data = imported(data)
     if data.get("schema") != SCHEMA:
         raise UsageError(
             f"{path.name} has schema {data.get('schema')!r}, expected {SCHEMA!r}.",
             f"Begin the file with `schema: {SCHEMA}`.",
         )
     return build_recipe(data, changes or {})
+
+
+def import_recipe(path: Path, source_text: str) -> str:
+    """Return a mergekit-moe file as the YAML of a recipe, with what differs as comments.
+
+    Raises:
+        UsageError: it is no such file, a key is unknown, or something cannot be expressed.
+    """
+    try:
+        data = yaml.safe_load(source_text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path.name} is not valid YAML: {_yaml_place(error)}.") from error
+    if not isinstance(data, dict) or not is_mergekit(data):
+        raise UsageError(
+            f"{path.name} is no mergekit-moe file: it has no base_model.",
+            "Recipes are used as they are, with -r.",
+        )
+    recipe = {**imported(data), "description": f"imported from the mergekit-moe file {path.name}"}
+    build_recipe(recipe, {})
+    ordered = {key: recipe.pop(key) for key in ("schema", "description", "notes")} | recipe
+    return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
 
 
 def build_recipe(data: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
@@ -196,11 +247,14 @@ def build_recipe(data: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
 
 
 def _explain(error: ValidationError) -> str:
-    problem = error.errors()[0]
+    kinds = {"missing": 1, "extra_forbidden": -1}
+    problem = min(error.errors(), key=lambda found: kinds.get(found["type"], 0))
     tags = {method for method in METHODS if problem["loc"][:2] == ("experts", method)}
+    tags |= {"str", "HubDataset"} if problem["loc"][:2] == ("data", "train") else set()
     place = ".".join(str(part) for part in problem["loc"] if part not in tags)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place, list(_known_keys()), n=1, cutoff=0.5)
+        plain = re.sub(r"\.\d+\b", "", place)
+        near = difflib.get_close_matches(plain, list(_known_keys()), n=1, cutoff=0.5)
         return f"The recipe has no field {place}." + (f" Did you mean {near[0]}?" if near else "")
     if problem["type"] == "union_tag_invalid":
         wanted = problem["ctx"]["tag"]
@@ -216,8 +270,9 @@ def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
         yield key
         nodes = METHODS.values() if name == "experts" else [info.annotation]
         for node in nodes:
-            if isinstance(node, type) and issubclass(node, BaseModel):
-                yield from _known_keys(node, key + ".")
+            for part in (node, *get_args(node)):
+                if isinstance(part, type) and issubclass(part, BaseModel):
+                    yield from _known_keys(part, key + ".")
 
 
 def _yaml_place(error: yaml.YAMLError) -> str:

@@ -8,7 +8,7 @@ D hidden size · T tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,46 +37,92 @@ Bibliothek ist am Sonntag geschlossen. Q: Which planet is closest to the sun? A:
 """A short mixed text for measurements that need some input and were given no data."""
 
 
+BATCH_TOKENS = 2048
+"""Tokens that go through a layer at once; more rows take their turn."""
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a layer, without the hidden states."""
+
+
 class _Finished(Exception):
     """Raised by the last stub: nothing behind the layers needs to run."""
 
 
 class DenseStream:
-    """The dense model's hidden states, advanced one decoder layer at a time."""
+    """The dense model's hidden states, advanced one decoder layer at a time.
+
+    The states of all tokens are kept, what a layer computes on the way only for some rows at once.
+    """
 
     def __init__(
         self,
         config: Mapping[str, Any],
         family: DenseFamily,
         weights: Mapping[str, Weight],
-        ids_BT: torch.Tensor,
+        ids: torch.Tensor | Sequence[torch.Tensor],
     ) -> None:
-        """Embed the token ids and record how each layer is called; weights are read lazily."""
+        """Embed the token ids and record how each layer is called; weights are read lazily.
+
+        `ids` are rows [B, T], or several such tensors of different lengths.
+        """
         self._family, self._weights, self._next = family, weights, 0
         self._received: torch.Tensor | None = None
         self._model = _skeleton(config)
-        self._layers: list[Any] = list(self._model.model.layers)
-        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._states: torch.Tensor = self._begin(ids_BT)
+        self._layers: list[Any] = list(self._model.get_submodule(family.layers))
+        self._calls: list[list[Call]] = []
+        self._states: list[torch.Tensor] = self._begin(_batches(ids))
 
-    def _begin(self, ids_BT: torch.Tensor) -> torch.Tensor:
+    def _begin(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         import torch
 
-        used, compact_BT = torch.unique(ids_BT, return_inverse=True)
+        used, compact_N = torch.cat([ids.flatten() for ids in batches]).unique(return_inverse=True)
         embedding = self._model.get_input_embeddings()
-        rows = [self._weights["model.embed_tokens.weight"].rows(range(i, i + 1)) for i in used]
-        stored = [row.stored.read() if row.stored else row.load() for row in rows]  # type: ignore[attr-defined]
-        table = torch.cat(stored).float()
-        embedding.weight = torch.nn.Parameter(table, requires_grad=False)
+        embedding.weight = self._rows("model.embed_tokens.weight", used)
         embedding.padding_idx = None
+        self._load_around(embedding.weight, used)
         seen: list[torch.Tensor] = []
         stubs = [self._stub(layer, seen, n) for n, layer in enumerate(self._layers)]
-        self._model.model.layers = torch.nn.ModuleList(stubs)
+        self._model.set_submodule(self._family.layers, torch.nn.ModuleList(stubs))
+        compact = compact_N.split([ids.numel() for ids in batches])
+        return [
+            self._record(part.view_as(ids), seen)
+            for part, ids in zip(compact, batches, strict=True)
+        ]
+
+    def _record(self, ids_BT: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor:
+        """Return the embedded batch; keep its calls, equal tensors of all batches only once."""
+        seen.clear()
+        self._calls.append([])
         try:
-            self._model.model(input_ids=compact_BT, use_cache=False)
+            self._model.base_model(input_ids=ids_BT, use_cache=False)
         except _Finished:
+            self._calls[-1] = _shared(self._calls[-1], self._calls[0])
             return seen[0]
         raise AssertionError("the model did not call its layers")
+
+    def _rows(self, name: str, used: torch.Tensor) -> torch.nn.Parameter:
+        """Read the rows of some tokens from a table."""
+        import torch
+
+        rows = [self._weights[name].rows(range(i, i + 1)) for i in used]
+        stored = [row.stored.read() if row.stored else row.load() for row in rows]  # type: ignore[attr-defined]
+        return torch.nn.Parameter(torch.cat(stored).float(), requires_grad=False)
+
+    def _load_around(self, embedding: torch.Tensor, used: torch.Tensor) -> None:
+        """Load what may run before the layers, such as learned positions, but no head."""
+        import torch
+
+        head = self._model.get_output_embeddings()
+        for name, parameter in list(self._model.named_parameters()):
+            outside = not name.startswith(f"{self._family.layers}.") and name in self._weights
+            if outside and parameter is not embedding and parameter is not head.weight:
+                module, _, leaf = name.rpartition(".")
+                if name in self._family.token_tables:
+                    value = self._rows(name, used)
+                else:
+                    whole = self._weights[name].load().float()
+                    value = torch.nn.Parameter(whole, requires_grad=False)
+                setattr(self._model.get_submodule(module), leaf, value)
 
     def _stub(self, layer: Any, seen: list[torch.Tensor], number: int) -> torch.nn.Module:
         import torch
@@ -89,7 +135,7 @@ class DenseStream:
 
             def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 seen.append(hidden_states)
-                calls.append((args, kwargs))
+                calls[-1].append((args, kwargs))
                 if last:
                     raise _Finished
                 return hidden_states
@@ -97,11 +143,15 @@ class DenseStream:
         return Stub()
 
     def reach(self, layer: int) -> torch.Tensor:
-        """Run the model up to and with this layer; return what its FFN received, fp32 [T, D]."""
+        """Run the model up to and with this layer; return what its FFN received, fp32 [T, D].
+
+        T runs over all rows of all tensors of ids, in their order.
+        """
         while self._next <= layer:
             self._received = self._advance(self._next)
             self._next += 1
         assert self._received is not None
+        assert self._next == layer + 1, "the stream does not go back"
         return self._received
 
     def _advance(self, layer: int) -> torch.Tensor:
@@ -117,26 +167,50 @@ class DenseStream:
         received: list[torch.Tensor] = []
         ffn = module.get_submodule(self._family.ffn_module)
         hook = ffn.register_forward_pre_hook(lambda _, args: received.append(args[0]))
-        args, kwargs = self._calls[layer]
         with torch.no_grad():
-            result = module(self._states, *args, **kwargs)
+            for batch, states in enumerate(self._states):
+                args, kwargs = self._calls[batch][layer]
+                result = module(states, *args, **kwargs)
+                self._states[batch] = result[0] if isinstance(result, tuple) else result
         hook.remove()
         module.to("meta")
-        self._states = result[0] if isinstance(result, tuple) else result
-        return received[0].flatten(0, -2)
+        return torch.cat([x.flatten(0, -2) for x in received])
 
 
-def sample_ids(folder: Path | None, vocab_size: int) -> torch.Tensor:
-    """Return token ids [1, T] of the sample text, or random ones without a tokenizer."""
+def _batches(ids: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    import torch
+
+    tensors = [ids] if isinstance(ids, torch.Tensor) else ids
+    return [b for t in tensors for b in t.split(max(1, BATCH_TOKENS // t.shape[1]))]
+
+
+def _shared(value: Any, known: Any) -> Any:
+    """Return a nest of arguments with every tensor that equals the known one replaced by it."""
+    import torch
+
+    if isinstance(value, torch.Tensor) and isinstance(known, torch.Tensor):
+        alike = value.shape == known.shape and value.dtype == known.dtype
+        return known if alike and torch.equal(value, known) else value
+    if type(value) is dict and isinstance(known, dict):
+        return {key: _shared(item, known.get(key)) for key, item in value.items()}
+    if type(value) in {list, tuple} and isinstance(known, type(value)) and len(value) == len(known):
+        return type(value)(_shared(*pair) for pair in zip(value, known, strict=True))
+    return value
+
+
+def sample_ids(folder: Path | None, vocab_size: int, trust: bool = False) -> torch.Tensor:
+    """Return token ids [1, T] of the sample text, or random ones without a tokenizer.
+
+    `trust` says that code which lies in the folder is ours and may run.
+    """
     import torch
     from transformers import AutoTokenizer
 
     try:
         if folder is None:
             raise OSError
-        ids_BT: torch.Tensor = AutoTokenizer.from_pretrained(folder)(
-            SAMPLE_TEXT, return_tensors="pt"
-        ).input_ids
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        ids_BT: torch.Tensor = tokenizer(SAMPLE_TEXT, return_tensors="pt").input_ids
     except (OSError, ValueError, KeyError):
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (1, 256), generator=generator)

@@ -12,6 +12,9 @@ from moe_convert.ffn import Weight
 if TYPE_CHECKING:
     import torch
 
+STILL = 1e30
+"""Divides any position to an angle whose cosine is one and whose sine vanishes in every dtype."""
+
 
 def plus_one(weight: Weight) -> Weight:
     """Turn a norm weight that is applied as `1 + w` into one that is applied as `w`."""
@@ -43,3 +46,41 @@ def split_rows(weight: Weight, sizes: tuple[int, ...]) -> tuple[Weight, ...]:
         parts.append(weight.rows(range(start, start + size)))
         start += size
     return tuple(parts)
+
+
+def spread_rotary(weight: Weight, num_heads: int, rotary_dim: int) -> Weight:
+    """Reorder q or k rows (or biases) so that a partial rotation becomes part of a full one.
+
+    Half-split rotation of the first R entries of a head pairs i with i + R/2, that of all C entries
+    i with i + C/2. Moved there, with frequency zero for all other pairs, the same entries turn and
+    the others stay. The product q k does not change.
+    """
+    return weight.rows(_spread_order(weight.shape[0], num_heads, rotary_dim))
+
+
+def _spread_order(num_rows: int, num_heads: int, rotary_dim: int) -> torch.Tensor:
+    import torch
+
+    head_dim = num_rows // num_heads
+    first, second = torch.arange(rotary_dim).chunk(2)
+    still, still_too = torch.arange(rotary_dim, head_dim).chunk(2)
+    order_C = torch.cat([first, still, second, still_too])
+    return (torch.arange(num_heads)[:, None] * head_dim + order_C).flatten()
+
+
+def spread_wavelengths(theta: float, head_dim: int, rotary_dim: int) -> list[float]:
+    """Return the divisor of the position for every pair of a head, see `spread_rotary`.
+
+    Rounded to fp32 as transformers rounds it for a partial rotation, so that the frequencies are
+    equal bit by bit; pairs that do not turn have a divisor that leaves any position near zero.
+    """
+    import torch
+
+    turning = theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float) / rotary_dim)
+    return [*turning.tolist(), *[STILL] * ((head_dim - rotary_dim) // 2)]
+
+
+def transposed(weight: Weight) -> Weight:
+    """Swap rows and columns, for experts whose down projection is stored as its input sees it."""
+    shape = (weight.shape[1], weight.shape[0])
+    return weight.map(lambda tensor: tensor.T.contiguous(), shape, rounds=False)

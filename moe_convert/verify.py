@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_convert.checkpoint import TOKENIZER_FILES, Source, read_folder, stored_shapes
+from moe_convert.checkpoint.names import auto_class, full_config
 from moe_convert.checkpoint.source import read_config
 from moe_convert.errors import SourceError
 from moe_convert.ffn import TORCH_NAMES
 from moe_convert.manifest import Parity, VerifyReport
 from moe_convert.streams import sample_ids
 from moe_convert.targets import TARGETS, MoeTarget
+from moe_convert.targets.custom import custom_target, written_by_us
+from moe_convert.wrappers import image_inputs, special_tokens, written_target
 
 if TYPE_CHECKING:
     import torch
@@ -65,12 +68,12 @@ def verify(
         SourceError: the folder holds no readable checkpoint.
     """
     config = read_config(folder / "config.json")
-    target = TARGETS.get(str(config["model_type"]))
+    target = _target(folder, config)
     if target is None:
         raise SourceError(f"{folder} holds a {config['model_type']}, which is no known MoE target.")
     report = VerifyReport(passed=False, parity_expected=parity and source is not None)
     report.tolerance = tolerance
-    _check_files(folder, config, report)
+    _check_files(folder, config, target, report)
     if source is not None:
         _check_tokenizer(folder, source, report)
     if not report.failures:
@@ -79,11 +82,23 @@ def verify(
     return report
 
 
-def _check_files(folder: Path, config: dict[str, Any], report: VerifyReport) -> None:
-    """Compare names, shapes and dtypes with transformers' own, and look for NaN."""
-    from transformers import CONFIG_MAPPING
+def _target(folder: Path, config: dict[str, Any]) -> MoeTarget | None:
+    if "text_config" in config:
+        return written_target(config)
+    family = written_by_us(folder, config)
+    return custom_target(family, config) if family else TARGETS.get(str(config["model_type"]))
 
-    expected = stored_shapes(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)))
+
+def _trusts(folder: Path) -> bool:
+    """Whether the code in a folder is ours, to the byte; no other is ever run."""
+    return written_by_us(folder, read_config(folder / "config.json")) is not None
+
+
+def _check_files(
+    folder: Path, config: dict[str, Any], target: MoeTarget, report: VerifyReport
+) -> None:
+    """Compare names, shapes and dtypes with transformers' own, and look for NaN."""
+    expected = stored_shapes(full_config(config))
     found = read_folder(folder)
     report.missing_keys = sorted(expected.keys() - found.keys())
     report.unexpected_keys = sorted(found.keys() - expected.keys())
@@ -97,7 +112,7 @@ def _check_files(folder: Path, config: dict[str, Any], report: VerifyReport) -> 
             report.failures.append(
                 f"{name} has shape {list(ref.shape)}, not {list(expected[name])}"
             )
-        elif ref.dtype != dtype and not name.endswith("correction_bias"):
+        elif ref.dtype not in {dtype, "F32"} and not target.keeps_dtype(name):
             report.failures.append(f"{name} is {ref.dtype}, and config.json says {dtype}")
         elif ref.nonfinite():
             report.failures.append(f"{name} holds NaN or infinity")
@@ -182,9 +197,9 @@ def _run(
     model = _load(folder, stored, report)
     if dtype != stored:
         model = model.to(getattr(torch, dtype))
-    ids_BT = _inputs(folder, model.config.vocab_size)
+    inputs = _inputs(folder, model)
     with torch.no_grad(), _watched_routers(model, target) as watched:
-        logits_TV = torch.cat([model(ids).logits.flatten(0, 1).float() for ids in ids_BT])
+        logits_TV = torch.cat([model(**kind).logits.flatten(0, 1).float() for kind in inputs])
     run = _Run(logits_TV, _continue(model, folder, prompts))
     if watched:
         run.router_std = [round(w.std, 4) for w in watched]
@@ -196,10 +211,15 @@ def _run(
 
 def _load(folder: Path, dtype: str, report: VerifyReport | None) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), output_loading_info=True
+    trusted = _trusts(folder)
+    auto = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=trusted))
+    model, info = auto.from_pretrained(
+        folder,
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+        trust_remote_code=trusted,
     )
     if report is not None:
         report.missing_keys = sorted(map(str, info["missing_keys"]))
@@ -213,13 +233,19 @@ def _load(folder: Path, dtype: str, report: VerifyReport | None) -> PreTrainedMo
     return loaded
 
 
-def _inputs(folder: Path, vocab_size: int) -> list[torch.Tensor]:
-    """Return the sample text and random tokens, so that every expert sees some."""
+def _inputs(folder: Path, model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+    """Return the sample text, random tokens for every expert to see some, and perhaps an image."""
     import torch
 
+    vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(1)
     random = torch.randint(vocab_size, (1, RANDOM_TOKENS), generator=generator)
-    return [sample_ids(folder, vocab_size), random]
+    for placeholder in special_tokens(model.config):
+        random[random == placeholder] = 0
+    image = image_inputs(model.config)
+    sample = sample_ids(folder, vocab_size, _trusts(folder))
+    texts = [{"input_ids": sample}, {"input_ids": random}]
+    return [*texts, image] if image else texts
 
 
 def _continue(model: PreTrainedModel, folder: Path, prompts: tuple[str, ...]) -> list[str]:
@@ -227,7 +253,7 @@ def _continue(model: PreTrainedModel, folder: Path, prompts: tuple[str, ...]) ->
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=_trusts(folder))
     except (OSError, ValueError, KeyError):
         return []
     texts = []
@@ -272,6 +298,14 @@ class _Watched:
         self.chosen |= set(chosen_TK.unique().tolist())
 
 
+def _routing(out: Any, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits and chosen experts; a router that is a plain linear layer gives logits only."""
+    if isinstance(out, tuple):
+        return out[0].flatten(0, -2), out[2]
+    logits_TE = out.flatten(0, -2)
+    return logits_TE, logits_TE.topk(model.num_experts_per_tok, dim=-1).indices
+
+
 @contextmanager
 def _watched_routers(model: PreTrainedModel, target: MoeTarget | None) -> Iterator[list[_Watched]]:
     """Record logits and choices of every router while the block runs."""
@@ -280,13 +314,14 @@ def _watched_routers(model: PreTrainedModel, target: MoeTarget | None) -> Iterat
     for name, module in model.named_modules() if target else ():
         if target is None or not name.endswith("." + target.router_module):
             continue
-        if not hasattr(module, "weight"):
+        rows_ED = next(module.parameters(), None)
+        if rows_ED is None:
             continue
-        watch = _Watched(module.weight.shape[0])
+        watch = _Watched(rows_ED.shape[0])
         watched.append(watch)
         hooks.append(
             module.register_forward_hook(
-                lambda _, __, out, watch=watch: watch.see(out[0].flatten(0, -2), out[2])
+                lambda _, __, out, watch=watch: watch.see(*_routing(out, model))
             )
         )
     try:

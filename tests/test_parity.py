@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,22 @@ def test_clones_compute_the_dense_function(
     assert difference(logits(tmp_path / "out"), logits(source)) <= FP32_TOLERANCE
 
 
+@pytest.mark.parametrize(("model_type", "variant", "target"), pairs())
+def test_splits_compute_it_when_every_expert_is_chosen(
+    dense: Dense, tmp_path: Path, model_type: str, variant: str, target: str
+) -> None:
+    source, fixed = dense(model_type, variant), TARGETS[target].fixed_top_k
+    changes: dict[str, Any] = {"target__top_k": 4, "router__init": "zeros"}
+    if fixed is not None:
+        changes = {"target__top_k": fixed, "target__num_experts": fixed}
+    output = tmp_path / "out"
+    manifest = converted(
+        source, output, target__architecture=target, experts__method="split", **changes
+    )
+    assert manifest.exact
+    assert difference(logits(output), logits(source)) <= FP32_TOLERANCE
+
+
 @pytest.mark.parametrize(("model_type", "variant", "target"), cases(refused=True))
 def test_a_body_without_a_place_is_refused(
     dense: Dense, model_type: str, variant: str, target: str
@@ -72,7 +89,7 @@ def test_shared_experts_keep_the_function(
     dense: Dense, tmp_path: Path, model_type: str, variant: str, target: str
 ) -> None:
     source = dense(model_type, variant)
-    for shared in (1, 2):
+    for shared in (1,) if TARGETS[target].shared == "one" else (1, 2):
         output = tmp_path / str(shared)
         manifest = converted(
             source, output, target__architecture=target, target__shared_experts=shared
@@ -85,7 +102,7 @@ def test_shared_experts_keep_the_function(
 def test_a_target_without_shared_experts_says_so(
     dense: Dense, model_type: str, variant: str, target: str
 ) -> None:
-    with pytest.raises(UsageError, match=rf"{target} has no shared experts.*glm4_moe"):
+    with pytest.raises(UsageError, match=rf"{target} has no shared experts"):
         planned(dense(model_type, variant), target__architecture=target, target__shared_experts=1)
 
 
@@ -115,14 +132,20 @@ def test_bf16_reports_parity_for_both_dtypes(
     dense: Dense, tmp_path: Path, model_type: str, variant: str, target: str
 ) -> None:
     source = dense(model_type, variant, dtype="bfloat16")
-    manifest = upcycle(planned(source, tmp_path / "out", target__architecture=target))
+    plan = planned(source, tmp_path / "out", target__architecture=target)
+    manifest = upcycle(plan)
     assert manifest.state == "verified"
     assert manifest.verify is not None
+    if plan.dtype == "F32":
+        assert "widened" in {note.code for note in manifest.warnings}
+        assert manifest.verify.parity[0].max_abs_diff <= FP32_TOLERANCE
+        return
     fp32, bf16 = manifest.verify.parity
     assert (fp32.dtype, bf16.dtype) == ("float32", "bfloat16")
     assert fp32.max_abs_diff <= FP32_TOLERANCE
     assert fp32.top1_agreement == 1.0
-    assert bf16.max_abs_diff < 0.2
+    if TARGETS[target].fixed_top_k is None:
+        assert bf16.max_abs_diff < 0.2
     assert bf16.top1_agreement > 0.9
 
 

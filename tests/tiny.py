@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_convert.families import FAMILIES
+from tests.tiny_granite import BRANCHED
+from tests.tiny_native import NATIVE
+from tests.tiny_others import OTHERS
 
 NUM_LAYERS = 3
 VOCAB_SIZE = 272
@@ -62,6 +65,9 @@ TINY: dict[str, dict[str, Tiny]] = {
         ),
         "tied": Tiny({"tie_word_embeddings": True}),
         "wide_heads": Tiny({"head_dim": 32}),
+        "bias": Tiny(
+            {"attention_bias": True}, refused_by=("mixtral", "glm4_moe", "qwen2_moe", "solar_open")
+        ),
     },
     "mistral": {
         "window": Tiny({"sliding_window": 8}, refused_by=("glm4_moe",)),
@@ -80,10 +86,22 @@ TINY: dict[str, dict[str, Tiny]] = {
         "tied_wide_heads": Tiny({"tie_word_embeddings": True, "head_dim": 32}),
         "windows": Tiny(
             {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
-            refused_by=("glm4_moe",),
+            refused_by=("glm4_moe", "hy_v3"),
+        ),
+        "mixed_windows": Tiny(
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            refused_by=("qwen3_moe", "glm4_moe", "hy_v3"),
         ),
         "bias": Tiny({"attention_bias": True}, refused_by=("glm4_moe",)),
     },
+}
+TINY |= {
+    family: {name: Tiny(config) for name, config in variants.items()}
+    for family, variants in NATIVE.items()
+}
+TINY |= {
+    family: {name: Tiny(config, refused) for name, (config, refused) in variants.items()}
+    for family, variants in (OTHERS | BRANCHED).items()
 }
 """Variants by model type; the first one of each stands for the family where one is enough."""
 

@@ -8,11 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_convert.checkpoint import TensorRef, read_folder
+from moe_convert.checkpoint import (
+    CheckpointWriter,
+    TensorRef,
+    TensorSpec,
+    read_folder,
+    shard,
+    stored_shapes,
+)
 from moe_convert.convert import convert
 from moe_convert.manifest import Manifest
 from moe_convert.plan import Plan, make_plan
 from moe_convert.recipe import SCHEMA, Recipe, build_recipe
+from tests.tiny import BASE
 
 if TYPE_CHECKING:
     import torch
@@ -103,3 +111,18 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     data = load_file(path)
     change(data)
     save_file({name: tensor.contiguous() for name, tensor in data.items()}, path, {"format": "pt"})
+
+
+def hollow(folder: Path, *, num_layers: int, dtype: str = "bfloat16", **sizes: int) -> Path:
+    """Make a Llama whose header is whole and whose data is a hole in the file: zeros, no disk."""
+    import torch
+    from transformers import LlamaConfig
+
+    values = {**BASE, "num_hidden_layers": num_layers, **sizes}
+    config = LlamaConfig(**values, architectures=["LlamaForCausalLM"], dtype=dtype)
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    stored = {torch.bfloat16: "BF16", torch.float32: "F32"}[getattr(torch, dtype)]
+    specs = [TensorSpec(name, shape, stored) for name, shape in stored_shapes(config).items()]
+    CheckpointWriter(folder, shard(specs, 10**12)).close()
+    return folder

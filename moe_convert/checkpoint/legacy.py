@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_convert.checkpoint.gguf import cache_dir
-from moe_convert.checkpoint.safetensors import SINGLE_NAME, TensorRef, check_index
+from moe_convert.checkpoint.safetensors import SINGLE_NAME, TensorRef, read_index
 from moe_convert.checkpoint.source import SIDE_FILES, Source, open_folder
 from moe_convert.checkpoint.writer import CheckpointWriter, TensorSpec, sha256_of, shard
 from moe_convert.errors import SourceError
@@ -48,9 +47,7 @@ def open_bin(folder: Path, config: dict[str, Any]) -> Source:
 def _files(folder: Path) -> list[Path]:
     index = folder / f"{BIN_NAME}.index.json"
     if index.exists():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        check_index(weight_map)
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        files = [folder / name for name in sorted(set(read_index(index).values()))]
     else:
         files = [folder / BIN_NAME]
     for file in files:
@@ -66,14 +63,17 @@ def _load(file: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        loaded: dict[str, torch.Tensor] = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=True
-        )
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise SourceError(
             f"{file.name} cannot be loaded as plain tensors, and pickled code is never run.",
             "Convert the checkpoint to safetensors first.",
         ) from error
+    if not isinstance(loaded, dict) or not all(torch.is_tensor(t) for t in loaded.values()):
+        raise SourceError(
+            f"{file.name} holds something else than tensors by name.",
+            "Convert the checkpoint to safetensors first.",
+        )
     return loaded
 
 

@@ -105,6 +105,8 @@ def read_header(path: Path) -> dict[str, TensorRef]:
                     "Download it again.",
                 )
             header = json.loads(file.read(header_bytes))
+        if not isinstance(header, dict):
+            raise ValueError("the header is no JSON object")
     except FileNotFoundError as error:
         raise SourceError(
             f"The checkpoint has no file {path.name}.", "Download it again."
@@ -166,11 +168,7 @@ def read_folder(folder: Path) -> dict[str, TensorRef]:
     index_path = folder / INDEX_NAME
     if not index_path.exists():
         return read_header(folder / SINGLE_NAME)
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise SourceError(f"{INDEX_NAME} is not a valid index.", "Download it again.") from error
-    check_index(weight_map)
+    weight_map = read_index(index_path)
     headers = {file: read_header(folder / file) for file in sorted(set(weight_map.values()))}
     absent = [name for name, file in weight_map.items() if name not in headers[file]]
     if absent:
@@ -182,15 +180,22 @@ def read_folder(folder: Path) -> dict[str, TensorRef]:
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def check_index(weight_map: dict[str, str]) -> None:
-    """Refuse an index whose files are not plain names inside the folder.
+def read_index(path: Path) -> dict[str, str]:
+    """Return tensor name to file name of an index of shards.
 
     Raises:
-        SourceError: a file name has a folder in it.
+        SourceError: it is not valid, or a file name is no plain name inside the folder.
     """
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"{path.name} is not a valid index.", "Download it again.") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise SourceError(f"{path.name} is not a valid index.", "Download it again.")
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or "\\" in file or file in {"", ".", ".."}:
             raise SourceError(
-                f"{INDEX_NAME} points outside the checkpoint folder: {file!r}.",
+                f"{path.name} points outside the checkpoint folder: {file!r}.",
                 "Only plain file names are allowed there.",
             )
+    return weight_map

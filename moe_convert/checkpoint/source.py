@@ -145,7 +145,7 @@ def read_config(path: Path) -> dict[str, Any]:
         SourceError: it is missing or no JSON object.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
     except FileNotFoundError as error:
         raise SourceError(
             f"{path.parent.name} has no config.json.",
@@ -158,6 +158,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise SourceError("config.json names no model_type.", "Give a Hugging Face checkpoint.")
     return config
+
+
+def _special_float(value: dict[str, Any]) -> Any:
+    """Read `{"__float__": "Infinity"}`, as transformers writes what JSON has no number for."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _refuse_quantised(source: Source) -> None:

@@ -185,6 +185,7 @@ class CheckpointWriter:
             raise MoeConvertError(
                 f"The conversion wrote no {missing[0]}, which the plan announced."
             )
+        self._advance()
         hashes = self._hasher.result()
         self.close()
         if len(self.shards) > 1:

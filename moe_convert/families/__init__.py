@@ -8,10 +8,45 @@ refused by name, so nothing is lost in silence. To add a family, add a row to on
 from __future__ import annotations
 
 from moe_convert.errors import SourceError, UnsupportedError
-from moe_convert.families import llama
+from moe_convert.families import (
+    cohere,
+    ernie,
+    gemma,
+    gemma4,
+    glm,
+    granite,
+    hunyuan,
+    lfm2,
+    llama,
+    ministral,
+    olmo,
+    phi,
+    qwen3_5,
+    smollm,
+    stablelm,
+    youtu,
+)
 from moe_convert.families.body import Body, Config, DenseFamily, layer_name, order, split_name
+from moe_convert.families.custom import custom_hint, custom_reason
 
-MODULES = (llama,)
+MODULES = (
+    llama,
+    qwen3_5,
+    lfm2,
+    youtu,
+    phi,
+    gemma,
+    granite,
+    olmo,
+    smollm,
+    gemma4,
+    ministral,
+    cohere,
+    glm,
+    ernie,
+    hunyuan,
+    stablelm,
+)
 
 FAMILIES: dict[str, DenseFamily] = {
     row.model_type: row for module in MODULES for row in module.ROWS
@@ -32,8 +67,10 @@ def find_family(config: Config) -> tuple[DenseFamily, Body]:
     family = FAMILIES.get(model_type)
     if family is None:
         raise UnsupportedError(
-            f"No stock MoE architecture is known to hold {model_type} models exactly.",
-            f"Supported: {', '.join(FAMILIES)}; see `moe-convert archs ls`.",
+            f"No stock MoE architecture is known to hold {model_type} models exactly"
+            f"{custom_reason(model_type)}.",
+            f"{custom_hint(model_type)} Supported: {', '.join(FAMILIES)}; see `moe-convert archs "
+            "ls`.".lstrip(),
         )
     try:
         full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()

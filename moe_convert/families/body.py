@@ -31,8 +31,9 @@ class Body:
 
     `norm` is rms, layer (LayerNorm with bias), layer_nobias or layer_plain (no weights at all).
     `block` is where the norms stand: pre, post (on the outputs only), sandwich (both) or parallel
-    (attention and FFN read the same norm). `qk_norm` is None, head (per head) or full (before the
-    heads are split). `local_rope` is the rope of sliding layers where it differs from `rope`.
+    (attention and FFN read the same norm). `qk_norm` is None, head (per head), head_after_rope or
+    full (before the heads are split). `local_rope` is the rope of sliding layers where it differs
+    from `rope`.
     `exact_below` is the context length up to which this description is complete. `native` names a
     token mixer that only its own sibling has; its config keys then travel in `carried`.
     """
@@ -149,8 +150,12 @@ class DenseFamily:
     features that every member has; `only` lists attributes of which some values are understood and
     the others refused; `also_read` those that `refine` uses, which computes what is not a plain
     copy; `carries` go through unchanged to a sibling. `tensors` has a rule for each tensor that is
-    not called, shaped or valued as in Llama, by its name inside the layer. `ffn_norm` is the norm
-    whose output the FFN, and so the router, receives.
+    not called, shaped or valued as in Llama, by its name inside the layer; `implied` those that the
+    function has without storing them, each with the number that fills its hidden-size vector.
+    `ffn_norm` is the norm whose output the FFN, and so the router, receives, and `layers` where the
+    loaded model has its decoder layers. `unused` are prefixes of tensors that transformers itself
+    never loads, such as a draft head; the result has none. `token_tables` are further tables with a
+    row for each token. `limit` says in words up to where the row is exact.
     """
 
     model_type: str
@@ -164,9 +169,14 @@ class DenseFamily:
     refine: Callable[[Config], Mapping[str, Any]] = lambda config: {}
     carries: tuple[str, ...] = ()
     tensors: Mapping[str, Rule] = field(default_factory=dict)
+    implied: Mapping[str, float] = field(default_factory=dict)
     ffn_names: FfnNames = FfnNames()
     ffn_norm: str | None = "post_attention_layernorm.weight"
     ffn_module: str = "mlp"
+    layers: str = "model.layers"
+    unused: tuple[str, ...] = ()
+    token_tables: tuple[str, ...] = ()
+    limit: str = ""
 
     def body(self, config: Config, given: Config) -> Body:
         """Translate a full config (defaults filled in); `given` is config.json as it was written.
@@ -190,10 +200,10 @@ class DenseFamily:
                     f"any stock MoE architecture (only {' or '.join(map(repr, allowed))})."
                 )
         values = {ours: config.get(theirs) for ours, theirs in fields.items()}
-        return Body(
-            **{**values, **_common(config), **self.fixed, **self.refine(config)},
-            carried={name: config.get(name) for name in (*CARRIED, *self.carries)},
-        )
+        refined = {**self.fixed, **self.refine(config)}
+        carried = {name: config.get(name) for name in (*CARRIED, *self.carries)}
+        carried |= refined.pop("carried", {})
+        return Body(**{**values, **_common(config), **refined}, carried=carried)
 
     def ffn(self, layer: int, tensors: Mapping[str, Weight], body: Body) -> Ffn:
         """Return one layer's FFN, nothing read.
@@ -211,11 +221,12 @@ class DenseFamily:
 
     def rest(self, tensors: Mapping[str, Weight], body: Body) -> Iterator[tuple[str, Weight]]:
         """Yield every tensor outside the FFNs under Llama's name, in the order of the layers."""
+        tensors = {**tensors, **dict(self._implied(body))}
         for name in sorted(tensors, key=order):
             layer, inside = split_name(name)
             if layer is not None and inside in self.ffn_names.names:
                 continue
-            if "rotary_emb.inv_freq" in name:
+            if "rotary_emb.inv_freq" in name or name.startswith(self.unused):
                 continue
             rule = self.tensors.get(inside)
             if rule is None:
@@ -223,6 +234,23 @@ class DenseFamily:
                 continue
             for new, weight in rule(tensors[name], body).items():
                 yield new if layer is None else layer_name(layer, new), weight
+
+    def _implied(self, body: Body) -> Iterator[tuple[str, Weight]]:
+        for inside, value in self.implied.items():
+            weight = Weight.filled((body.hidden_size,), value, "F32")
+            if inside.startswith("model."):
+                yield inside, weight
+                continue
+            yield from ((layer_name(layer, inside), weight) for layer in range(body.num_layers))
+
+    def norm_before_ffn(
+        self, layer: int, tensors: Mapping[str, Weight], body: Body
+    ) -> Weight | None:
+        """Return what multiplies the normed input of one layer's FFN; None if nothing does."""
+        if self.ffn_norm is None:
+            return None
+        weight, rule = tensors[layer_name(layer, self.ffn_norm)], self.tensors.get(self.ffn_norm)
+        return next(iter(rule(weight, body).values())) if rule else weight
 
 
 def layer_name(layer: int, name: str) -> str:

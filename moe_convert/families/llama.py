@@ -10,7 +10,7 @@ ROWS = (
     DenseFamily(
         "llama",
         "LlamaForCausalLM",
-        targets=("mixtral", "glm4_moe", "qwen2_moe"),
+        targets=("mixtral", "glm4_moe", "qwen2_moe", "solar_open", "granitemoe"),
         examples="Llama 2 and 3, TinyLlama, SmolLM2, Falcon3, Yi",
         fields={"mlp_bias": "mlp_bias"},
         also_read=("attention_bias",),
@@ -35,7 +35,7 @@ ROWS = (
     DenseFamily(
         "qwen3",
         "Qwen3ForCausalLM",
-        targets=("qwen3_moe", "glm4_moe"),
+        targets=("qwen3_moe", "glm4_moe", "mellum", "dots1", "hy_v3"),
         examples="Qwen3 0.6B to 32B",
         fixed={"qk_norm": "head"},
         also_read=(*QWEN_WINDOW, "attention_bias"),

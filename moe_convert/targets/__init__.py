@@ -11,10 +11,42 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_convert.families import Body, DenseFamily
-from moe_convert.targets import glm, mixtral, qwen
+from moe_convert.targets import (
+    cohere,
+    deepseek,
+    ernie,
+    gemma,
+    gemma4,
+    glm,
+    granite,
+    hunyuan,
+    lfm2,
+    mellum,
+    mixtral,
+    olmo,
+    phimoe,
+    qwen,
+    qwen3_5,
+)
 from moe_convert.targets.base import MoeShape, MoeTarget
 
-MODULES = (mixtral, qwen, glm)
+MODULES = (
+    mixtral,
+    qwen,
+    glm,
+    qwen3_5,
+    lfm2,
+    deepseek,
+    granite,
+    olmo,
+    gemma,
+    gemma4,
+    mellum,
+    ernie,
+    cohere,
+    hunyuan,
+    phimoe,
+)
 
 TARGETS: dict[str, MoeTarget] = {row.model_type: row for module in MODULES for row in module.ROWS}
 """Every target, by model type."""
@@ -31,10 +63,13 @@ def with_legacy_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         result["rope_theta"] = rope.pop("rope_theta")
         kind = rope.get("rope_type", "default")
         rope.pop("partial_rotary_factor", None)
-        result["rope_scaling"] = None if kind == "default" else {**rope, "type": kind}
+        plain = kind == "default" and not rope.keys() - {"rope_type"}
+        result["rope_scaling"] = None if plain else {**rope, "type": kind}
     for key, old in LEGACY_KEYS.items():
         if key in result:
             result[old] = result[key]
+    if "text_config" in result:
+        result["text_config"] = with_legacy_keys(result["text_config"])
     return result
 
 

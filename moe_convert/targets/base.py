@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from moe_convert.families.body import FEATURES, SIZES, Body, Rule, layer_name, split_name
@@ -100,12 +101,14 @@ def stacked(gate_up: str, down: str) -> Callable[[tuple[Ffn, ...]], Named]:
     return write
 
 
-def projections(prefix: str) -> Callable[[Ffn], Named]:
-    """Store one FFN as `prefix`.gate_proj, up_proj and down_proj."""
+def projections(
+    prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> Callable[[Ffn], Named]:
+    """Store one FFN as three matrices below `prefix`."""
 
     def write(ffn: Ffn) -> Named:
-        for name, attribute in (("gate", "gate_FD"), ("up", "up_FD"), ("down", "down_DF")):
-            yield f"{prefix}.{name}_proj.weight", getattr(ffn, attribute)
+        for name, attribute in ((gate, "gate_FD"), (up, "up_FD"), (down, "down_DF")):
+            yield f"{prefix}.{name}.weight", getattr(ffn, attribute)
 
     return write
 
@@ -120,6 +123,11 @@ def fused_projections(gate_up: str, down: str) -> Callable[[Ffn], Named]:
     return write
 
 
+def if_any(write: Callable[[Ffn], Named]) -> Callable[[Ffn], Named]:
+    """Store the shared expert where there is one, and no tensors of width zero otherwise."""
+    return lambda ffn: write(ffn) if ffn.num_neurons else iter(())
+
+
 @dataclass(frozen=True)
 class MoeTarget:
     """One stock MoE model type of transformers.
@@ -129,10 +137,20 @@ class MoeTarget:
     those that follow from body and shape; `limits` name further bodies it cannot hold, with the
     reason. `weights_sum` is what the weights of the chosen experts add up to before the scaling
     factor of `scale_key`, whatever the router says, which makes clones exact; None if that depends
-    on the router. `neutral` is the weight of one chosen expert under a zero router.
+    on the router. `neutral` is the weight of one chosen expert under a zero router. With
+    `fixed_top_k` every token uses that many experts, each with the same weight whatever the router
+    says, as long as its logits do not tie; a zero router is then refused.
+
+    `shared` says how wide the shared expert may be: any width, units of the expert size, or exactly
+    one unit. Where it is `shared_required`, zeros fill it if nobody asked for one.
 
     `places` holds a rule for each of Llama's tensors that is called, shaped or valued otherwise,
-    and `extras` the tensors that no dense model has, by their name inside the layer.
+    and `extras` the tensors that no dense model has, by their name inside the layer. `absorbs` are
+    features of any value that `places` and `computed` see to, within `limits`. `fuses` names
+    tensors that hold several of Llama's one above the other, and `on_disk` what Llama's prefixes
+    are called in the files. `ties` says whether embedding and head may be one tensor;
+    `routed_marks` are parts of the names of the routed experts' tensors. `files` are copied beside the
+    weights, and `stock` says whether transformers itself has the class.
     """
 
     model_type: str
@@ -146,7 +164,9 @@ class MoeTarget:
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     weights_sum: float | None = 1.0
     scale_key: str | None = None
-    shared: Literal["none", "free", "units"] = "none"
+    fixed_top_k: int | None = None
+    shared: Literal["none", "free", "units", "one"] = "none"
+    shared_required: bool = False
     shared_weight: float = 1.0
     dense_layers: Literal["none", "prefix", "any"] = "none"
     groups: bool = False
@@ -160,6 +180,18 @@ class MoeTarget:
     places: Mapping[str, Rule] = field(default_factory=dict)
     extras: Callable[[Body, MoeShape, str], Mapping[str, Weight]] = lambda body, shape, dtype: {}
     router_module: str = "mlp.gate"
+    absorbs: frozenset[str] = frozenset()
+    fuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    on_disk: Mapping[str, str] = field(default_factory=dict)
+    ties: bool = True
+    routed_marks: tuple[str, ...] = (".experts.",)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    stock: bool = True
+
+    @property
+    def recipe_name(self) -> str:
+        """What a recipe calls this target."""
+        return self.model_type
 
     def neutral(self, shape: MoeShape) -> float:
         """Return what one chosen expert is multiplied by when the router says nothing."""
@@ -171,12 +203,13 @@ class MoeTarget:
         """Return why this target cannot hold the body; empty when it can."""
         reasons = []
         defaults = {f.name: f.default for f in fields(Body)}
+        seen_to = {*self.holds, *self.absorbs, *FOLDED}
         for feature in FEATURES:
             value = getattr(body, feature)
             if feature in self.always:
                 if value != self.always[feature]:
                     reasons.append(f"it always has {feature}={self.always[feature]!r}")
-            elif feature not in {*self.holds, *FOLDED} and value != defaults[feature]:
+            elif feature not in seen_to and value != defaults[feature]:
                 reasons.append(f"it has no place for {feature}={value!r}")
         if self.rope == "interleaved" and not body.interleaved_rope:
             reasons.append("it rotates interleaved pairs")
@@ -205,6 +238,35 @@ class MoeTarget:
         """Whether the embedding must be stored multiplied, which needs an lm_head of its own."""
         return body.embedding_multiplier != 1.0 and "embedding_multiplier" not in self.holds
 
+    def must_untie(self, body: Body) -> bool:
+        """Whether a tied head has to be written as a tensor of its own."""
+        return self.folds_embedding(body) or not self.ties
+
+    def is_routed(self, name: str) -> bool:
+        """Whether a stored tensor belongs to the routed experts, of which a token uses some."""
+        return any(mark in name for mark in self.routed_marks)
+
+    def keeps_dtype(self, name: str) -> bool:
+        """Whether a stored tensor has a dtype of its own, whatever the weights have."""
+        return name.endswith(("correction_bias", "expert_bias"))
+
+    def stored(self, named: list[tuple[str, Weight]]) -> list[tuple[str, Weight]]:
+        """Return the tensors of one step, complete and in Llama's names, as the files hold them."""
+        tensors = dict(named)
+        for name, _ in named:
+            layer, inside = split_name(name)
+            for fused, parts in self.fuses.items():
+                if layer is not None and inside == parts[0]:
+                    found = [tensors.pop(layer_name(layer, part)) for part in parts]
+                    tensors[layer_name(layer, fused)] = concatenated(found, axis=0)
+        return [(self._stored_name(name), weight) for name, weight in tensors.items()]
+
+    def _stored_name(self, name: str) -> str:
+        for ours, theirs in self.on_disk.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
+
     def place(self, name: str, weight: Weight, body: Body) -> Iterator[tuple[str, Weight]]:
         """Yield one of Llama's tensors as this target stores it."""
         layer, inside = split_name(name)
@@ -223,7 +285,9 @@ class MoeTarget:
         inside = {self.router: router_ED, **self.extras(body, shape, router_ED.dtype)}
         inside |= dict(self.routed(experts.routed))
         if self.shared_as:
-            inside |= dict(self.shared_as(experts.shared))
+            idle = self.shared_required and not shape.shared_size
+            shared = zero_expert(body, shape, router_ED.dtype) if idle else experts.shared
+            inside |= dict(self.shared_as(shared))
         for name, weight in inside.items():
             yield layer_name(layer, name), weight
 
@@ -246,6 +310,24 @@ def _as_half_split(inside: str, weight: Weight, body: Body) -> Weight:
         if inside.startswith(f"self_attn.{projection}."):
             return half_split(weight, num_heads, int(body.head_dim * body.partial_rotary))
     return weight
+
+
+def zero_expert(body: Body, shape: MoeShape, dtype: str) -> Ffn:
+    """Return an expert whose output is zero, for targets that always add one."""
+    wide_FD = Weight.filled((shape.expert_size, body.hidden_size), 0.0, dtype)
+    down_DF = Weight.filled((body.hidden_size, shape.expert_size), 0.0, dtype)
+    return Ffn(wide_FD, wide_FD, down_DF, body.act)
+
+
+def window_types(body: Body) -> list[str]:
+    """Return `layer_types` as transformers writes them, for every layer."""
+    kind = "full_attention" if body.sliding_window is None else "sliding_attention"
+    return list(body.layer_types or [kind] * body.num_layers)
+
+
+def mlp_types(shape: MoeShape) -> list[str]:
+    """Return `mlp_layer_types` as transformers writes them: which layers stay dense."""
+    return ["sparse" if n in shape.moe_layers else "dense" for n in range(shape.num_layers)]
 
 
 def _plain(value: Any) -> Any:

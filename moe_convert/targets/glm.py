@@ -13,9 +13,12 @@ from moe_convert.targets.base import (
     MoeShape,
     MoeTarget,
     Trap,
+    mlp_types,
     no_o_bias,
     not_silu,
     projections,
+    same_bias,
+    window_types,
 )
 
 SHAPE_KEYS = {
@@ -45,6 +48,22 @@ def _glm4_moe(body: Body, shape: MoeShape) -> dict[str, Any]:
         "use_qk_norm": body.qk_norm == "head",
         "first_k_dense_replace": len(shape.dense_layers),
     }
+
+
+def _dots1(body: Body, shape: MoeShape) -> dict[str, Any]:
+    return {"layer_types": window_types(body), "first_k_dense_replace": len(shape.dense_layers)}
+
+
+def _hy_v3(body: Body, shape: MoeShape) -> dict[str, Any]:
+    """Count the shared expert of zeros that stands in where there is none."""
+    return {
+        "num_shared_experts": max(shape.num_shared, 1),
+        "mlp_layer_types": mlp_types(shape),
+    }
+
+
+def _expert_bias(body: Body, shape: MoeShape, dtype: str) -> dict[str, Weight]:
+    return {"mlp.expert_bias": Weight.filled((shape.num_experts,), 0.0, "F32")}
 
 
 ROWS = (
@@ -81,6 +100,86 @@ ROWS = (
                     ),
                 ),
             ),
+        ),
+    ),
+    MoeTarget(
+        "dots1",
+        "Dots1ForCausalLM",
+        shape_keys=SHAPE_KEYS,
+        scoring="sigmoid",
+        scale_key="routed_scaling_factor",
+        shared="units",
+        shared_as=projections("mlp.shared_experts"),
+        extras=neutral_bias,
+        dense_layers="prefix",
+        groups=True,
+        holds={
+            "qkv_bias": "attention_bias",
+            "o_bias": "attention_bias",
+            "sliding_window": "sliding_window",
+            "layer_types": "layer_types",
+        },
+        always={"qk_norm": "head"},
+        constants={"norm_topk_prob": True, "output_router_logits": False},
+        computed=_dots1,
+        limits=(same_bias,),
+        engines=(
+            TRANSFORMERS,
+            Engine("vLLM", False),
+            Engine("SGLang", False),
+            Engine("llama.cpp", True),
+        ),
+    ),
+    MoeTarget(
+        "solar_open",
+        "SolarOpenForCausalLM",
+        shape_keys=SHAPE_KEYS,
+        scoring="sigmoid",
+        scale_key="routed_scaling_factor",
+        shared="units",
+        shared_as=projections("mlp.shared_experts"),
+        extras=neutral_bias,
+        groups=True,
+        holds={"qkv_bias": "attention_bias"},
+        constants={"norm_topk_prob": True, "output_router_logits": False},
+        limits=(no_o_bias,),
+        engines=(
+            TRANSFORMERS,
+            Engine("vLLM", False),
+            Engine("SGLang", False),
+            Engine("llama.cpp", True),
+        ),
+    ),
+    MoeTarget(
+        "hy_v3",
+        "HYV3ForCausalLM",
+        router="mlp.router.gate.weight",
+        shape_keys={
+            "num_experts": "num_experts",
+            "top_k": "num_experts_per_tok",
+            "expert_size": "moe_intermediate_size",
+        },
+        scoring="sigmoid",
+        scale_key="router_scaling_factor",
+        shared="units",
+        shared_required=True,
+        shared_as=projections("mlp.shared_mlp"),
+        extras=_expert_bias,
+        dense_layers="any",
+        holds={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
+        always={"qk_norm": "head"},
+        constants={
+            "mlp_bias": False,
+            "enable_moe_fp32_combine": True,
+            "output_router_logits": False,
+        },
+        computed=_hy_v3,
+        limits=(same_bias,),
+        engines=(
+            TRANSFORMERS,
+            Engine("vLLM", True),
+            Engine("SGLang", True),
+            Engine("llama.cpp", True),
         ),
     ),
 )

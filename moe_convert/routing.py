@@ -1,0 +1,103 @@
+"""The routers of one conversion, layer by layer, and what they would do with the data.
+
+D hidden size · E routed experts · R router rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from moe_convert.checkpoint import Source
+from moe_convert.ffn import Weight, torch_dtype
+from moe_convert.inputs import Inputs, num_rows
+from moe_convert.manifest import Routing, Warning_
+from moe_convert.plan import Plan
+from moe_convert.routers import Routed, routed
+from moe_convert.streams import DenseStream
+
+if TYPE_CHECKING:
+    import torch
+
+PARALLEL = 0.95
+"""Cosine from which two rows are said to choose the same tokens."""
+
+
+class RouterMaker:
+    """Makes the rows of one layer after the other, in the order of the layers."""
+
+    def __init__(
+        self, plan: Plan, local: Source, weights: Mapping[str, Weight], inputs: Inputs | None
+    ) -> None:
+        """Prepare; nothing is read or run yet."""
+        self._plan, self._local, self._weights = plan, local, weights
+        self._inputs = inputs
+        self._stream: DenseStream | None = None
+        self._last: tuple[int, torch.Tensor] | None = None
+        self._found: dict[int, Routed] = {}
+
+    def __call__(self, layer: int) -> torch.Tensor:
+        """Return the router rows of a layer, fp32 [E, D]."""
+        if self._last is None or self._last[0] != layer:
+            self._last = layer, self._make(layer)
+        return self._last[1]
+
+    def _make(self, layer: int) -> torch.Tensor:
+        plan, layout = self._plan, self._plan.layout
+        router, body, shape = plan.recipe.router, layout.body, plan.shape
+        states = None
+        if self._inputs is not None:
+            states = self._inputs.states(self._reach(layer, self._inputs))
+        copies = plan.recipe.experts.shared_rows
+        rows_RD = router.rows(num_rows(plan.recipe, shape), body.hidden_size, layer, states)
+        rows_ED = rows_RD.repeat_interleave(copies, dim=0)[: shape.num_experts]
+        if states is None:
+            norm = layout.family.norm_before_ffn(layer, self._weights, body)
+            return router.scaled(rows_ED, None, norm.load() if norm else None)
+        rows_ED = router.scaled(rows_ED, states.data_TD, None)
+        stored_ED = rows_ED.to(torch_dtype(plan.dtype))
+        self._found[layer] = routed(stored_ED, states.data_TD, shape, copies)
+        return rows_ED
+
+    def _reach(self, layer: int, inputs: Inputs) -> torch.Tensor:
+        if self._stream is None:
+            family = self._plan.layout.family
+            self._stream = DenseStream(self._local.config, family, self._weights, inputs.ids)
+        return self._stream.reach(layer)
+
+    @property
+    def report(self) -> Routing | None:
+        """What the routers made so far do with the data; None if nothing was measured."""
+        if self._inputs is None or not self._found:
+            return None
+        found = list(self._found.values())
+        entropies = [one.entropy for one in found]
+        return Routing(
+            data=self._plan.recipe.data.name,
+            tokens=self._inputs.data_BT.numel(),
+            tokens_sha256=self._inputs.sha256,
+            layers=list(self._found),
+            logit_std=[one.logit_std for one in found],
+            condition=[one.condition for one in found],
+            closest=[one.closest for one in found],
+            load=[one.load_E.tolist() for one in found],
+            entropy_mean=sum(entropies) / len(entropies),
+            entropy_min=min(entropies),
+            max_over_mean=max(one.max_over_mean for one in found),
+            dead_experts=sum(one.num_dead for one in found),
+        )
+
+
+def routing_notes(report: Routing | None) -> Iterator[Warning_]:
+    """Yield a warning about rows that point the same way."""
+    if report is None:
+        return
+    pairs = zip(report.layers, report.closest, strict=True)
+    layers = [layer for layer, cosine in pairs if cosine > PARALLEL]
+    if layers:
+        yield Warning_(
+            code="parallel_rows",
+            message=f"Two different router rows are nearly parallel (cosine above {PARALLEL}) in "
+            f"layers {', '.join(map(str, layers))}: their experts compete for the same tokens.",
+            hint="Use more, or more different, data or prompts.",
+        )

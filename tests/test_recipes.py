@@ -1,0 +1,99 @@
+"""Recipes, gallery and the commands that only describe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from moe_convert.experts import METHODS
+from moe_convert.families import FAMILIES
+from moe_convert.recipe import SCHEMA, Recipe, build_recipe, gallery, load_recipe
+from moe_convert.targets import TARGETS
+from tests.test_cli import invoke
+
+
+@pytest.mark.parametrize("name", list(gallery()))
+def test_every_gallery_recipe_is_valid_and_shown_as_written(name: str) -> None:
+    text = gallery()[name].read_text(encoding="utf-8")
+    assert load_recipe(name).description
+    assert invoke("recipes", "validate", name).exit_code == 0
+    assert invoke("recipes", "show", name, "-q").stdout.rstrip() == text.rstrip()
+    assert invoke("recipes", "show", name).stdout.rstrip() == text.rstrip()
+
+
+def test_the_gallery_lists_the_quickstart() -> None:
+    assert "quickstart" in invoke("recipes", "ls", "-q").stdout.split()
+    listed = json.loads(invoke("recipes", "ls", "--json").stdout)["recipes"]
+    assert listed.keys() == gallery().keys()
+
+
+def test_copying_a_recipe(tmp_path: Path) -> None:
+    copy = tmp_path / "quickstart.yaml"
+    result = invoke("recipes", "copy", "quickstart", tmp_path, "-q")
+    assert result.stdout.strip() == str(copy)
+    assert copy.read_bytes() == gallery()["quickstart"].read_bytes()
+    copy.write_text("mine", encoding="utf-8")
+    assert invoke("recipes", "copy", "quickstart", tmp_path).exit_code == 7
+    assert copy.read_text(encoding="utf-8") == "mine"
+    assert invoke("recipes", "copy", "quickstart", tmp_path / "other.yaml").exit_code == 0
+    assert invoke("recipes", "validate", tmp_path / "other.yaml").exit_code == 0
+    assert invoke("recipes", "copy", "nothing", tmp_path).exit_code == 2
+
+
+def test_the_schema_accepts_the_gallery_and_refuses_unknown_keys() -> None:
+    schema = json.loads(invoke("recipes", "schema", "--json").stdout)["json_schema"]
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    for path in gallery().values():
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert list(validator.iter_errors(data)) == []
+        assert list(validator.iter_errors({**data, "targett": {}}))
+
+
+def test_a_recipe_survives_its_own_yaml() -> None:
+    recipe = build_recipe({"schema": SCHEMA}, {"source.model": "org/name", "target.top_k": 3})
+    assert Recipe.model_validate(yaml.safe_load(recipe.as_yaml())) == recipe
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *TARGETS])
+def test_every_row_can_be_shown(name: str) -> None:
+    result = invoke("archs", "show", name)
+    assert result.exit_code == 0, result.stderr
+    for target in FAMILIES[name].targets if name in FAMILIES else ():
+        assert target in result.stdout
+
+
+def test_archs_are_listed_and_corrected() -> None:
+    listed = json.loads(invoke("archs", "ls", "--json").stdout)["architectures"]
+    assert listed == {name: list(family.targets) for name, family in FAMILIES.items()}
+    assert "llama" in invoke("archs", "ls").stdout
+    result = invoke("archs", "show", "mixtrall")
+    assert result.exit_code == 2
+    assert "Did you mean mixtral" in result.stderr
+
+
+@pytest.mark.parametrize("name", [*METHODS, "router"])
+def test_every_method_can_be_shown(name: str) -> None:
+    result = invoke("methods", "show", name)
+    assert result.exit_code == 0
+    assert "seed" in result.stdout
+
+
+def test_methods_are_listed() -> None:
+    listed = json.loads(invoke("methods", "ls", "--json").stdout)["methods"]
+    assert set(METHODS) <= set(listed)
+    assert "2212.05055" in listed["clone"]
+    assert invoke("methods", "show", "klone").exit_code == 2
+
+
+def test_version_and_environment() -> None:
+    from moe_convert import __version__
+
+    assert invoke("version", "-q").stdout.strip() == __version__
+    assert __version__ in invoke("--version").stdout
+    found = json.loads(invoke("env", "--json").stdout)["env"]
+    assert {"torch", "transformers", "python", "moe-convert"} <= set(found)
