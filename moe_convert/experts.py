@@ -182,8 +182,9 @@ class SharedResidual(Clone):
     """The dense FFN stays as the shared expert; the routed ones start as clones adding nothing.
 
     Their `down` is zero, so the function is exact for any router, any top-k and any target with
-    shared experts, and they learn a residual. Composed from the shared-expert designs of DeepSeekMoE
-    (Dai et al. 2024, arXiv 2401.06066) and zero-initialised branches; no paper has just this.
+    shared experts, and they learn a residual. Composed from the shared-expert designs of
+    DeepSeekMoE (Dai et al. 2024, arXiv 2401.06066) and zero-initialised branches; no paper has
+    just this.
     """
 
     method: Literal["shared-residual"] = "shared-residual"  # type: ignore[assignment]

@@ -57,84 +57,93 @@ class LoopbackHub:
         ]
 
 
-def handler_of(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers for the hub that its server was started with."""
 
-        def log_message(self, *args: object) -> None:
-            """Stay silent."""
+    protocol_version = "HTTP/1.1"
+    hub: LoopbackHub
 
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
+    def log_message(self, *args: object) -> None:
+        """Stay silent."""
 
-        def do_GET(self) -> None:
-            self._answer(body=True)
+    def do_HEAD(self) -> None:
+        """Answer without a body."""
+        self._answer(body=False)
 
-        def _answer(self, *, body: bool) -> None:
-            hub.tokens.add(self.headers.get("Authorization", ""))
-            path = self.path.partition("?")[0]
-            if hub.gated:
-                self._send(403, {"X-Error-Code": "GatedRepo"}, b"gated", body=body)
-            elif path.startswith("/api/models/org/tiny/tree/"):
-                self._send(200, {}, json.dumps(hub.tree()).encode(), body=body)
-            elif path.startswith("/api/models/org/tiny"):
-                revision = path.removeprefix("/api/models/org/tiny").removeprefix("/revision/")
-                self._describe(revision, body=body)
-            elif path.startswith("/org/tiny/resolve/"):
-                self._file(path.split("/")[5], body=body)
-            else:
-                self._send(404, {"X-Error-Code": "RepoNotFound"}, b"{}", body=body)
+    def do_GET(self) -> None:
+        """Answer in full."""
+        self._answer(body=True)
 
-        def _describe(self, revision: str, *, body: bool) -> None:
-            if revision in {"", "main", "v1", SHA}:
-                self._send(200, {}, json.dumps(hub.info()).encode(), body=body)
-            else:
-                self._send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", body=body)
+    def _answer(self, *, body: bool) -> None:
+        self.hub.tokens.add(self.headers.get("Authorization", ""))
+        path = self.path.partition("?")[0]
+        if self.hub.gated:
+            self._send(403, {"X-Error-Code": "GatedRepo"}, b"gated", body=body)
+        elif path.startswith("/api/models/org/tiny/tree/"):
+            self._send(200, {}, json.dumps(self.hub.tree()).encode(), body=body)
+        elif path.startswith("/api/models/org/tiny"):
+            revision = path.removeprefix("/api/models/org/tiny").removeprefix("/revision/")
+            self._describe(revision, body=body)
+        elif path.startswith("/org/tiny/resolve/"):
+            self._file(path.split("/")[5], body=body)
+        else:
+            self._send(404, {"X-Error-Code": "RepoNotFound"}, b"{}", body=body)
 
-        def _file(self, name: str, *, body: bool) -> None:
-            path = hub.folder / name
-            if not path.is_file():
-                self._send(404, {"X-Error-Code": "EntryNotFound"}, b"", body=body)
-                return
-            size, status, start, stop = path.stat().st_size, 200, 0, path.stat().st_size
-            if wanted := self.headers.get("Range"):
-                low, _, high = wanted.removeprefix("bytes=").partition("-")
-                status, start, stop = 206, int(low), min(int(high or size - 1) + 1, size)
-            with path.open("rb") as file:
-                file.seek(start)
-                data = file.read(stop - start) if body else b""
-            etag = hashlib.sha256(f"{name}{size}".encode()).hexdigest()
-            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
-            if status == 206:
-                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-            self._send(status, headers, data, body=body, length=stop - start)
+    def _describe(self, revision: str, *, body: bool) -> None:
+        if revision in {"", "main", "v1", SHA}:
+            self._send(200, {}, json.dumps(self.hub.info()).encode(), body=body)
+        else:
+            self._send(404, {"X-Error-Code": "RevisionNotFound"}, b"{}", body=body)
 
-        def _send(
-            self,
-            status: int,
-            headers: dict[str, str],
-            data: bytes,
-            *,
-            body: bool,
-            length: int | None = None,
-        ) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(data) if length is None else length))
-            self.end_headers()
-            if body:
-                self.wfile.write(data)
-                hub.sent_bytes += len(data)
+    def _file(self, name: str, *, body: bool) -> None:
+        path = self.hub.folder / name
+        if not path.is_file():
+            self._send(404, {"X-Error-Code": "EntryNotFound"}, b"", body=body)
+            return
+        size = path.stat().st_size
+        start, stop = self._range(size)
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(stop - start) if body else b""
+        etag = hashlib.sha256(f"{name}{size}".encode()).hexdigest()
+        headers = {
+            "ETag": f'"{etag}"',
+            "X-Repo-Commit": SHA,
+            "Accept-Ranges": "bytes",
+            "Content-Range": f"bytes {start}-{stop - 1}/{size}",
+        }
+        status = 206 if "Range" in self.headers else 200
+        self._send(status, headers, data, body=body, length=stop - start)
 
-    return Handler
+    def _range(self, size: int) -> tuple[int, int]:
+        low, _, high = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        return int(low or 0), min(int(high or size - 1) + 1, size)
+
+    def _send(
+        self,
+        status: int,
+        headers: dict[str, str],
+        data: bytes,
+        *,
+        body: bool,
+        length: int | None = None,
+    ) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data) if length is None else length))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+            self.hub.sent_bytes += len(data)
 
 
 @pytest.fixture
 def hub(dense: Dense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """Serve the plain Llama as org/tiny and point the Hub library at it."""
     served = LoopbackHub(dense())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(served))
+    handler = type("TinyHandler", (Handler,), {"hub": served})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     served.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -133,7 +133,7 @@ def test_states_are_sorted_by_prompt_and_leave_added_tokens_out() -> None:
 
 def test_composed_experts_take_the_prompts_of_their_sources(dense: Dense, tmp_path: Path) -> None:
     sources = [{"model": str(dense()), "prompts": texts} for texts in PROMPTS]
-    settings = {"experts__method": "compose", "experts__sources": sources}
+    settings: dict[str, Any] = {"experts__method": "compose", "experts__sources": sources}
     converted(dense(), tmp_path / "one", router__init="prompts", **settings)
     converted(dense(), tmp_path / "two", router__init="prompts", router__prompts=PROMPTS)
     assert torch.equal(rows(tmp_path / "one", 1), rows(tmp_path / "two", 1))

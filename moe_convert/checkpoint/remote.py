@@ -79,8 +79,10 @@ def _open_online(api: HfApi, repo_id: str, revision: str) -> Source:
     from huggingface_hub import hf_hub_download
 
     info = api.model_info(repo_id, revision=revision, files_metadata=True)
-    sha, token = str(info.sha), api.token
-    config_path = hf_hub_download(repo_id, "config.json", revision=sha, token=token)
+    token = api.token
+    # By its own name, not by the commit: that leaves the name in the cache for runs without network.
+    config_path = Path(hf_hub_download(repo_id, "config.json", revision=revision, token=token))
+    sha = config_path.parent.name
     metadata = api.get_safetensors_metadata(repo_id, revision=sha)
     tensors = {
         name: TensorRef(Path(file), name, str(tensor.dtype), tuple(tensor.shape), 0)
@@ -91,7 +93,7 @@ def _open_online(api: HfApi, repo_id: str, revision: str) -> Source:
     card = info.card_data.get("license") if info.card_data else None
     return Source(
         repo_id,
-        read_config(Path(config_path)),
+        read_config(config_path),
         tensors,
         lambda: _open_cached(repo_id, sha, token, local=False),
         revision=revision,

@@ -149,8 +149,8 @@ class MoeTarget:
     features of any value that `places` and `computed` see to, within `limits`. `fuses` names
     tensors that hold several of Llama's one above the other, and `on_disk` what Llama's prefixes
     are called in the files. `ties` says whether embedding and head may be one tensor;
-    `routed_marks` are parts of the names of the routed experts' tensors. `files` are copied beside the
-    weights, and `stock` says whether transformers itself has the class.
+    `routed_marks` are parts of the names of the routed experts' tensors. `files` are copied beside
+    the weights, and `stock` says whether transformers itself has the class.
     """
 
     model_type: str

@@ -1,0 +1,23 @@
+"""The plan: everything that a conversion will write, decided from headers before a tensor is read.
+
+Every error that a user can cause is raised here. The conversion then writes the announced tensors
+and no others.
+"""
+
+from moe_convert.plan.estimate import available_ram_bytes, check_fits
+from moe_convert.plan.layout import lay_out
+from moe_convert.plan.model import Estimate, Layout, Note, Plan, Step
+from moe_convert.plan.resolve import make_plan, plan_source
+
+__all__ = [
+    "Estimate",
+    "Layout",
+    "Note",
+    "Plan",
+    "Step",
+    "available_ram_bytes",
+    "check_fits",
+    "lay_out",
+    "make_plan",
+    "plan_source",
+]

@@ -1,0 +1,164 @@
+"""Which target holds the source, and how many experts of which size it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from moe_convert.checkpoint import Source
+from moe_convert.errors import UnsupportedError, UsageError
+from moe_convert.families import Body, DenseFamily
+from moe_convert.families.custom import CUSTOM, CustomFamily, custom_hint
+from moe_convert.recipe import Recipe, chosen_layers
+from moe_convert.targets import TARGETS, MoeShape, MoeTarget
+from moe_convert.targets.custom import custom_target
+from moe_convert.wrappers import WrappedFamily
+
+
+def choose_target(
+    recipe: Recipe, source: Source, family: DenseFamily, body: Body
+) -> tuple[MoeTarget, dict[str, list[str]]]:
+    """Return the wanted target, or the first that fits, and why the others do not.
+
+    Raises:
+        UsageError: no such target.
+        UnsupportedError: none fits; the sentence gives the reason of each.
+    """
+    wanted = recipe.target.architecture
+    if isinstance(family, CustomFamily):
+        return custom_target(family, source.config), {}
+    rows = _rows(family)
+    found = {name: rows[name].misfits(body) for name in family.targets}
+    if wanted != "auto" and wanted not in rows:
+        raise UsageError(
+            f"There is no target {wanted!r}; expected auto, {CUSTOM} or one of "
+            f"{', '.join(TARGETS)}."
+        )
+    if wanted != "auto" and wanted not in found:
+        raise UnsupportedError(
+            f"{wanted} is not proved to hold a {family.model_type}.",
+            f"Use one of {', '.join(found)}.",
+        )
+    names = [wanted] if wanted != "auto" else list(found)
+    fitting = [name for name in names if not found[name]] or [""]
+    if not fitting[0]:
+        reasons = "; ".join(f"{name}: {', '.join(found[name])}" for name in names)
+        raise UnsupportedError(
+            f"No target can hold this {family.model_type} exactly ({reasons}).",
+            custom_hint(family.model_type),
+        )
+    wants_dense = len(chosen_layers(recipe.target.layers, body.num_layers)) < body.num_layers
+    if wanted == "auto":
+        able = [n for n in fitting if _suits(recipe, body, rows[n], wants_dense)]
+        fitting = able or fitting
+    return rows[fitting[0]], {name: why for name, why in found.items() if why}
+
+
+def _rows(family: DenseFamily) -> Mapping[str, MoeTarget]:
+    """Return the target rows by name, with those that only this checkpoint has."""
+    if isinstance(family, WrappedFamily):
+        return {**TARGETS, family.target.model_type: family.target}
+    return TARGETS
+
+
+def _suits(recipe: Recipe, body: Body, target: MoeTarget, wants_dense: bool) -> bool:
+    shared_size = recipe.experts.shared_size(body.ffn_size, 1, recipe.target.shared_experts)
+    shared = target.shared != "none" or not shared_size
+    return shared and (target.dense_layers != "none" or not wants_dense)
+
+
+def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTarget) -> MoeShape:
+    """Return sizes and layers of the experts.
+
+    Raises:
+        UsageError: counts are impossible, or the target has no place for them.
+    """
+    wanted = recipe.target
+    if wanted.num_experts < 2:
+        raise UsageError(f"An MoE needs at least 2 experts, got --experts {wanted.num_experts}.")
+    if not 1 <= wanted.top_k <= wanted.num_experts:
+        raise UsageError(
+            f"--top-k {wanted.top_k} is outside 1..{wanted.num_experts}, the number of experts."
+        )
+    if wanted.shared_experts > 1 and target.shared == "one":
+        raise UsageError(
+            f"{target.model_type} has one shared expert, got --shared-experts "
+            f"{wanted.shared_experts}.",
+            "Use --shared-experts 1.",
+        )
+    _check_fixed_router(recipe, target)
+    try:
+        layers = chosen_layers(wanted.layers, body.num_layers)
+    except ValueError as error:
+        raise UsageError(f"--layers: {error}.") from error
+    if not layers:
+        raise UsageError(f"--layers {wanted.layers} chooses no layer of {body.num_layers}.")
+    size = recipe.experts.expert_size(body.ffn_size, wanted.num_experts + wanted.shared_experts)
+    shared_size = recipe.experts.shared_size(body.ffn_size, size, wanted.shared_experts)
+    if shared_size and target.shared == "none":
+        able = [name for name in family.targets if _rows(family)[name].shared != "none"]
+        raise UsageError(
+            f"{target.model_type} has no shared experts.",
+            f"Use --target {' or '.join(able)}." if able else "",
+        )
+    shape = MoeShape(
+        num_experts=wanted.num_experts,
+        top_k=wanted.top_k,
+        expert_size=size,
+        shared_size=shared_size,
+        dense_size=body.ffn_size,
+        num_layers=body.num_layers,
+        moe_layers=layers,
+        num_groups=wanted.num_groups,
+        top_groups=wanted.top_groups,
+    )
+    _check_groups(shape, target)
+    recipe.experts.check(body.ffn_size, target, shape)
+    shape = replace(shape, routed_scale=recipe.experts.routed_scale(target, shape))
+    if not target.allows_dense(shape):
+        able = [name for name in family.targets if _rows(family)[name].allows_dense(shape)]
+        raise UsageError(
+            f"{target.model_type} cannot keep layers {list(shape.dense_layers)} dense.",
+            f"Targets that can: {', '.join(able) or 'none'}.",
+        )
+    return shape
+
+
+def _check_fixed_router(recipe: Recipe, target: MoeTarget) -> None:
+    if target.fixed_top_k is None:
+        return
+    if recipe.target.top_k != target.fixed_top_k:
+        raise UsageError(
+            f"{target.model_type} always uses {target.fixed_top_k} experts per token, got --top-k "
+            f"{recipe.target.top_k}.",
+            f"Use --top-k {target.fixed_top_k}.",
+        )
+    if recipe.router.kind == "zeros":
+        raise UsageError(
+            f"The router of {target.model_type} shares weights between experts whose logits tie, "
+            "so it cannot start from zeros.",
+            "Use --router normal.",
+        )
+
+
+def _check_groups(shape: MoeShape, target: MoeTarget) -> None:
+    groups, best = shape.num_groups, shape.top_groups
+    if groups == 1 and best == 1:
+        return
+    if not target.groups:
+        able = ", ".join(name for name, row in TARGETS.items() if row.groups)
+        raise UsageError(
+            f"{target.model_type} has no expert groups.", f"Targets with groups: {able}."
+        )
+    size = shape.num_experts // groups
+    if shape.num_experts % groups or size < 2 or not 1 <= best <= groups:
+        raise UsageError(
+            f"{shape.num_experts} experts do not form {groups} groups of two or more, of which "
+            f"{best} may be used."
+        )
+    if best * size < shape.top_k:
+        raise UsageError(
+            f"The best {best} of {groups} groups hold {best * size} experts, and --top-k asks for "
+            f"{shape.top_k}.",
+            "Raise target.top_groups.",
+        )
