@@ -167,7 +167,7 @@ def _interleaved(name: str, tensor: np.ndarray) -> np.ndarray:
     kind = name.split(".")[-2]
     if kind not in {"q_proj", "k_proj"}:
         return tensor
-    heads = BASE["num_attention_heads" if kind == "q_proj" else "num_key_value_heads"]
+    heads = int(BASE["num_attention_heads" if kind == "q_proj" else "num_key_value_heads"])
     halves = tensor.reshape(heads, 2, -1, tensor.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(tensor.shape))
 

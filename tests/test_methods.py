@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,16 +124,17 @@ def test_shared_residual_is_exact_for_any_top_k(
         ({"experts.method": "split", "target.num_experts": 7}, "7 equal experts"),
     ],
 )
-def test_impossible_counts_are_refused(dense: Path, changes: dict[str, object], named: str) -> None:
+def test_impossible_counts_are_refused(dense: Path, changes: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         planned(dense, **changes)
 
 
 def test_noise_has_the_asked_size_and_is_not_called_exact(dense: Path, tmp_path: Path) -> None:
-    plan = planned(dense, **{"experts.edits": [{"edit": "noise", "std": 0.01}]})
+    plan = planned(dense, experts__edits=[{"edit": "noise", "std": 0.01}])
     assert not plan.exact
     weight_NF = torch.randn(400, 300)
-    ffn = Ffn(*(Weight.of(weight_NF, "F32") for _ in range(3)))
+    weight = Weight.of(weight_NF, "F32")
+    ffn = Ffn(weight, weight, weight)
     noisy = Noise(std=0.1).apply(ffn, Place(0, 1, 2))
     added = [part.load() - weight_NF for part in (noisy.gate_FD, noisy.up_FD, noisy.down_DF)]
     for noise in added:
@@ -164,8 +166,8 @@ def test_drop_replaces_its_share_with_the_statistics_of_what_it_replaces(indices
 def test_warnings_say_where_training_routers_is_pointless(dense: Path) -> None:
     codes = {note.code for note in planned(dense).warnings}
     assert "equal_experts" in codes
-    noisy = planned(dense, **{"experts.edits": [{"edit": "noise", "std": 0.01}]})
+    noisy = planned(dense, experts__edits=[{"edit": "noise", "std": 0.01}])
     assert "equal_experts" not in {note.code for note in noisy.warnings}
-    assert "top1_renormalized" in {n.code for n in planned(dense, **{"target.top_k": 1}).warnings}
-    half = planned(dense, **{"experts.edits": [{"edit": "drop", "ratio": 0.5}]})
+    assert "top1_renormalized" in {n.code for n in planned(dense, target__top_k=1).warnings}
+    half = planned(dense, experts__edits=[{"edit": "drop", "ratio": 0.5}])
     assert "large_drop" in {note.code for note in half.warnings}

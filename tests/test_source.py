@@ -70,8 +70,8 @@ def cut(name: str, keep: int) -> Callable[[Path], None]:
     return write
 
 
-def text_of(name: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_text(text, encoding="utf-8") and None
+def text_of(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8")
 
 
 def fp8(data: dict[str, Any]) -> None:

@@ -23,9 +23,13 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def ffn_of(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Ffn:
+    return Ffn(Weight.of(gate, "F32"), Weight.of(up, "F32"), Weight.of(down, "F32"))
+
+
 def small_ffn() -> tuple[Ffn, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     gate, up, down = random(12, 8), random(12, 8) + 1, random(8, 12)
-    return Ffn(*(Weight.of(t, "F32") for t in (gate, up, down))), (gate, up, down)
+    return ffn_of(gate, up, down), (gate, up, down)
 
 
 def run(ffn: Ffn, x_TD: torch.Tensor) -> torch.Tensor:
@@ -121,7 +125,7 @@ def test_gathered_parts_of_a_partition_add_up() -> None:
 
 def test_rows_come_from_the_source_they_name() -> None:
     one, _ = small_ffn()
-    two = Ffn(*(Weight.of(w.load() * 3, "F32") for w in (one.gate_FD, one.up_FD, one.down_DF)))
+    two = ffn_of(one.gate_FD.load() * 3, one.up_FD.load() * 3, one.down_DF.load() * 3)
     neurons = torch.arange(12).expand(2, -1)
     experts = gather((one, two), Assignment(neurons, torch.arange(0), (1, 0)))
     assert torch.equal(experts.routed[0].up_FD.load(), two.up_FD.load())

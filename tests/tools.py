@@ -113,16 +113,14 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     save_file({name: tensor.contiguous() for name, tensor in data.items()}, path, {"format": "pt"})
 
 
-def hollow(folder: Path, *, num_layers: int, dtype: str = "bfloat16", **sizes: int) -> Path:
-    """Make a Llama whose header is whole and whose data is a hole in the file: zeros, no disk."""
-    import torch
+def hollow(folder: Path, *, num_layers: int, **sizes: int) -> Path:
+    """Make a bf16 Llama whose header is whole and whose data is a hole: zeros that take no disk."""
     from transformers import LlamaConfig
 
     values = {**BASE, "num_hidden_layers": num_layers, **sizes}
-    config = LlamaConfig(**values, architectures=["LlamaForCausalLM"], dtype=dtype)
+    config = LlamaConfig(**values, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    stored = {torch.bfloat16: "BF16", torch.float32: "F32"}[getattr(torch, dtype)]
-    specs = [TensorSpec(name, shape, stored) for name, shape in stored_shapes(config).items()]
+    specs = [TensorSpec(name, shape, "BF16") for name, shape in stored_shapes(config).items()]
     CheckpointWriter(folder, shard(specs, 10**12)).close()
     return folder

@@ -47,7 +47,7 @@ def choose_target(
             f"No target can hold this {family.model_type} exactly ({reasons}).",
             custom_hint(family.model_type),
         )
-    wants_dense = len(chosen_layers(recipe.target.layers, body.num_layers)) < body.num_layers
+    wants_dense = len(_layers(recipe, body)) < body.num_layers
     if wanted == "auto":
         able = [n for n in fitting if _suits(recipe, body, rows[n], wants_dense)]
         fitting = able or fitting
@@ -65,6 +65,17 @@ def _suits(recipe: Recipe, body: Body, target: MoeTarget, wants_dense: bool) -> 
     shared_size = recipe.experts.shared_size(body.ffn_size, 1, recipe.target.shared_experts)
     shared = target.shared != "none" or not shared_size
     return shared and (target.dense_layers != "none" or not wants_dense)
+
+
+def _layers(recipe: Recipe, body: Body) -> tuple[int, ...]:
+    """Return the layers that get experts."""
+    try:
+        layers = chosen_layers(recipe.target.layers, body.num_layers)
+    except ValueError as error:
+        raise UsageError(f"--layers: {error}.") from error
+    if not layers:
+        raise UsageError(f"--layers {recipe.target.layers} chooses no layer of {body.num_layers}.")
+    return layers
 
 
 def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTarget) -> MoeShape:
@@ -87,12 +98,7 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
             "Use --shared-experts 1.",
         )
     _check_fixed_router(recipe, target)
-    try:
-        layers = chosen_layers(wanted.layers, body.num_layers)
-    except ValueError as error:
-        raise UsageError(f"--layers: {error}.") from error
-    if not layers:
-        raise UsageError(f"--layers {wanted.layers} chooses no layer of {body.num_layers}.")
+    layers = _layers(recipe, body)
     size = recipe.experts.expert_size(body.ffn_size, wanted.num_experts + wanted.shared_experts)
     shared_size = recipe.experts.shared_size(body.ffn_size, size, wanted.shared_experts)
     if shared_size and target.shared == "none":
