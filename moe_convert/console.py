@@ -218,6 +218,10 @@ def plan_table(plan: Plan) -> Table:
     shape, estimate, body = plan.shape, plan.estimate, plan.layout.body
     dense = f" ({len(shape.dense_layers)} stay dense)" if shape.dense_layers else ""
     shared = f" + {shape.num_shared} shared" if shape.num_shared else ""
+    in_groups = shape.num_groups > 1
+    groups = (
+        f", in {shape.num_groups} groups of which {shape.top_groups} are used" if in_groups else ""
+    )
     verifies = plan.recipe.verify.enabled
     verify_ram = f", {num_bytes(estimate.verify_ram_bytes)} to verify" if verifies else ""
     rows = {
@@ -227,7 +231,8 @@ def plan_table(plan: Plan) -> Table:
         "method": f"{plan.recipe.experts.method} ({plan.recipe.experts.paper}), "
         f"router {plan.recipe.router.kind}",
         "experts": f"{shape.num_experts} routed{shared}, top-{shape.top_k}, width "
-        f"{shape.expert_size} in {len(shape.moe_layers)} of {body.num_layers} layers{dense}",
+        f"{shape.expert_size} in {len(shape.moe_layers)} of {body.num_layers} layers{dense}"
+        f"{groups}",
         "parameters": f"{num_params(plan.params_total)} total, "
         f"{num_params(plan.params_active)} active per token",
         "tensors": f"{len(plan.specs)} in {len(plan.shards)} files, stored as {plan.dtype}",
@@ -277,10 +282,11 @@ def verify_lines(report: VerifyReport) -> Iterator[str]:
     for parity in report.parity:
         yield (
             f"parity    {parity.dtype}: max |logit difference| {parity.max_abs_diff:.2e}, "
-            f"KL {parity.kl:.2e}, top-1 agreement {parity.top1_agreement:.2%}"
+            f"KL {parity.kl:.2e}, top-1 agreement {parity.top1_agreement:.2%}, "
+            f"perplexity x {parity.ppl_ratio or 1:.4g}"
         )
     if not report.parity:
-        yield "parity    not checked: no dense source at hand"
+        yield "parity    not checked: no dense source at hand, give one with --source"
     if report.router_logit_std:
         low, high = min(report.router_logit_std), max(report.router_logit_std)
         yield f"router    measured logit std {low:.3g} to {high:.3g} over the layers"

@@ -11,6 +11,7 @@ from moe_convert.errors import UsageError
 from moe_convert.experts import METHODS
 from moe_convert.families import FAMILIES, DenseFamily
 from moe_convert.families.custom import CUSTOM, CUSTOM_FAMILIES, CustomFamily
+from moe_convert.families.refused import REFUSED
 from moe_convert.routers import Router
 from moe_convert.targets import TARGETS, MoeTarget
 from moe_convert.wrappers import WRAPPERS, Wrapper
@@ -50,6 +51,8 @@ def describe(name: str) -> dict[str, list[str]]:
     for wrapper in WRAPPERS:
         if name in {wrapper.model_type, wrapper.moe_type}:
             sections[f"{wrapper.model_type} as {wrapper.moe_type}"] = _wrapper(wrapper)
+    if name in REFUSED:
+        sections[f"{name}: refused"] = [REFUSED[name]]
     if name == CUSTOM:
         sections["MoE target custom"] = [CUSTOM_TEXT]
         sections["holds"] = [", ".join(CUSTOM_FAMILIES)]
@@ -59,7 +62,7 @@ def describe(name: str) -> dict[str, list[str]]:
         sections["holds"] = [", ".join(held)]
     elif not sections:
         wrapped = [row.model_type for row in WRAPPERS]
-        known = [*FAMILIES, *TARGETS, *wrapped, *CUSTOM_FAMILIES, CUSTOM]
+        known = [*FAMILIES, *TARGETS, *wrapped, *CUSTOM_FAMILIES, *REFUSED, CUSTOM]
         near = difflib.get_close_matches(name, known, n=1)
         raise UsageError(
             f"There is no family or target {name!r}.",
@@ -104,7 +107,7 @@ def _target(target: MoeTarget) -> list[str]:
         f"can hold: {', '.join(holds) or 'a plain Llama body'}; {refused}",
     ]
     for engine in target.engines:
-        traps = "; ".join(trap.text for trap in engine.traps) or "no known trap"
+        traps = "; ".join(trap.described for trap in engine.traps) or "no known trap"
         lines.append(f"{engine.name}: {traps if engine.registered else 'not registered'}")
     return lines
 

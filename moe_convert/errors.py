@@ -8,7 +8,8 @@ MoeConvertError             1   unexpected failure
 ├── VerificationError       5   parity or a quality gate failed, output kept and marked
 ├── HubError                6   Hub, authentication or network
 ├── OutputExistsError       7   refusing to overwrite
-└── MissingDependencyError  8   an optional package is not installed
+├── MissingDependencyError  8   an optional package is not installed
+└── InterruptedByUser     130   Ctrl-C
 """
 
 from __future__ import annotations
@@ -84,3 +85,10 @@ class MissingDependencyError(MoeConvertError):
 
     exit_code = 8
     code = "missing_dependency"
+
+
+class InterruptedByUser(MoeConvertError):
+    """The user stopped the run; what was written is kept."""
+
+    exit_code = 130
+    code = "interrupted"

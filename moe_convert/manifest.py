@@ -69,6 +69,7 @@ class Parity(Model):
     max_abs_diff: float
     kl: float
     top1_agreement: float
+    ppl_ratio: float | None = None
 
 
 class VerifyReport(Model):

@@ -177,6 +177,20 @@ def chosen_layers(layers: str | list[int], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({n % num_layers for n in numbers}))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML in which a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"the key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe by gallery name or path and apply `changes` (dotted key to value).
 
@@ -185,7 +199,7 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
     """
     path = find_recipe(name)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506
     except yaml.YAMLError as error:
         raise UsageError(f"{path.name} is not valid YAML: {_yaml_place(error)}.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -209,7 +223,7 @@ def import_recipe(path: Path, source_text: str) -> str:
         UsageError: it is no such file, a key is unknown, or something cannot be expressed.
     """
     try:
-        data = yaml.safe_load(source_text)
+        data = yaml.load(source_text, _UniqueKeys)  # noqa: S506
     except yaml.YAMLError as error:
         raise UsageError(f"{path.name} is not valid YAML: {_yaml_place(error)}.") from error
     if not isinstance(data, dict) or not is_mergekit(data):

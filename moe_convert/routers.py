@@ -228,10 +228,12 @@ def within_groups(logits_TE: torch.Tensor, shape: MoeShape) -> torch.Tensor:
 
 
 def condition(rows_RD: torch.Tensor) -> float | None:
-    """Return the condition number of the rows less their mean, None if it is infinite."""
+    """Return the condition number of the rows less their mean, None if it is not finite."""
     import torch
 
     num_rows, hidden_size = rows_RD.shape
+    if not rows_RD.isfinite().all():
+        return None
     centred = (rows_RD - rows_RD.mean(dim=0)).double()
     values = torch.linalg.svdvals(centred)[: max(1, min(num_rows - 1, hidden_size))]
     largest, smallest = float(values[0]), float(values[-1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import filecmp
 import gc
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 PROMPTS = ("The capital of France is",)
 NEW_TOKENS = 12
 RANDOM_TOKENS = 256
+MAX_LOSS = 50.0
 LOGIT_SCALE = 10.0
 """Logits up to this size are held to the tolerance itself; rounding in fp32 grows with them."""
 STORED = {name: stored for stored, name in TORCH_NAMES.items()}
@@ -46,6 +48,7 @@ class _Run:
     """What one model showed on the common inputs."""
 
     logits_TV: torch.Tensor
+    loss: float
     texts: list[str]
     router_std: list[float] = field(default_factory=list)
     exercised: float | None = None
@@ -199,8 +202,9 @@ def _run(
         model = model.to(getattr(torch, dtype))
     inputs = _inputs(folder, model)
     with torch.no_grad(), _watched_routers(model, target) as watched:
-        logits_TV = torch.cat([model(**kind).logits.flatten(0, 1).float() for kind in inputs])
-    run = _Run(logits_TV, _continue(model, folder, prompts))
+        logits = [model(**kind).logits.flatten(0, 1).float() for kind in inputs]
+    loss = _loss(logits[0], inputs[0]["input_ids"])
+    run = _Run(torch.cat(logits), loss, _continue(model, folder, prompts))
     if watched:
         run.router_std = [round(w.std, 4) for w in watched]
         run.exercised = sum(len(w.chosen) / w.num_experts for w in watched) / len(watched)
@@ -264,8 +268,18 @@ def _continue(model: PreTrainedModel, folder: Path, prompts: tuple[str, ...]) ->
     return texts
 
 
+def _loss(logits_TV: torch.Tensor, ids_BT: torch.Tensor) -> float:
+    """Return the mean next-token loss of the sample text, in nats."""
+    import torch
+
+    return float(torch.nn.functional.cross_entropy(logits_TV[:-1], ids_BT.flatten()[1:]))
+
+
 def _compare(dense: _Run, made: _Run, dtype: str) -> Parity:
-    """Return largest logit difference, mean KL(dense ‖ converted) in nats, top-1 agreement."""
+    """Return largest logit difference, mean KL(dense ‖ converted) in nats, top-1 agreement.
+
+    The perplexity ratio, converted over dense, is that of the sample text.
+    """
     import torch
 
     dense_log = torch.log_softmax(dense.logits_TV, dim=-1)
@@ -277,6 +291,7 @@ def _compare(dense: _Run, made: _Run, dtype: str) -> Parity:
         max_abs_diff=float((dense.logits_TV - made.logits_TV).abs().max()),
         kl=max(0.0, float(kl)),
         top1_agreement=float(same.float().mean()),
+        ppl_ratio=math.exp(min(made.loss - dense.loss, MAX_LOSS)),
     )
 
 

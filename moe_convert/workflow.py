@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_convert.checkpoint import Source, open_source
+from moe_convert.checkpoint import Source, open_source, sha256_of
 from moe_convert.convert import Progress, convert, silent
 from moe_convert.errors import MoeConvertError, VerificationError
 from moe_convert.manifest import Manifest, VerifyReport, load_manifest
@@ -55,9 +55,22 @@ def verify_folder(
         prompts=tuple(recipe.verify.prompts) if recipe else (),
         progress=progress,
     )
-    if manifest is not None:
+    report.parity_expected = expected
+    if manifest is not None and source is None:
+        _compare_hashes(manifest, folder, report)
+    if manifest is not None and (report.parity or not report.passed):
         _record(manifest, folder, report)
     return report, manifest
+
+
+def _compare_hashes(manifest: Manifest, folder: Path, report: VerifyReport) -> None:
+    """Hold the files against the manifest, where there is no dense model to hold them against."""
+    for file in manifest.target.files:
+        if not (folder / file.path).is_file() or sha256_of(folder / file.path) != file.sha256:
+            report.failures.append(f"{file.path} is not the file that the conversion wrote")
+    if manifest.state == "failed":
+        report.failures.append("an earlier check failed, and only one with --source can lift that")
+    report.passed = not report.failures
 
 
 def _open_dense(recipe: Recipe | None, model: str | None, token: str | None) -> Source | None:

@@ -154,8 +154,6 @@ def find_wrapped(config: Config) -> tuple[WrappedFamily, Body] | None:
         UnsupportedError: no row has this text decoder, or it cannot be converted.
     """
     model_type = str(config["model_type"])
-    if model_type in REFUSED:
-        raise UnsupportedError(f"{model_type} cannot become an MoE exactly: {REFUSED[model_type]}")
     wrapper = next((row for row in WRAPPERS if row.model_type == model_type), None)
     if wrapper is None:
         return None
@@ -349,10 +347,3 @@ WRAPPERS = (
     ),
 )
 """Every multimodal type that is converted; each text decoder in it is proved by a test."""
-
-REFUSED = {
-    "glm4v": "its text decoder normalises the output of attention and FFN too, as GLM-4-0414 does, "
-    "and glm4v_moe has no such norms.",
-    "glm46v": "its text decoder is that of glm4v, which no stock MoE architecture holds.",
-}
-"""Multimodal types with an MoE sibling that computes something else."""

@@ -130,9 +130,12 @@ def test_a_seed_decides_everything(dense: Dense, tmp_path: Path, init: str) -> N
 
 
 def test_routers_differ_between_layers(dense: Dense, tmp_path: Path) -> None:
+    """In their directions: their lengths differ with the norm before each layer's FFN."""
     converted(dense(), tmp_path / "out", router__measure=False)
-    after = tensors(tmp_path / "out")
-    assert len({after[name] for name in routers(set(after), "mixtral")}) == NUM_LAYERS
+    refs = read_folder(tmp_path / "out")
+    found = [refs[name].read().flatten() for name in sorted(routers(set(refs), "mixtral"))]
+    one, two, three = (router / router.norm() for router in found)
+    assert max(abs(float(a @ b)) for a, b in ((one, two), (two, three), (one, three))) < 0.5
 
 
 def test_the_global_generator_is_not_touched(dense: Dense, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from moe_convert.streams import DenseStream, sample_ids
 from moe_convert.targets import TARGETS
 from tests.conftest import Dense
 from tests.tiny import NUM_LAYERS, VOCAB_SIZE, pairs
-from tests.tools import converted, load
+from tests.tools import converted, edit_tensors, load
 
 
 def rows(folder: Path, target: str = "mixtral") -> list[Any]:
@@ -90,17 +91,18 @@ def test_auto_is_normal(dense: Dense, tmp_path: Path) -> None:
         assert torch.equal(one, two)
 
 
-def test_unmeasured_routers_follow_the_norm_and_run_no_model(dense: Dense, tmp_path: Path) -> None:
+def test_unmeasured_routers_follow_the_norm(dense: Dense, tmp_path: Path) -> None:
     """Without running anything the spread is right for inputs as strong as the norm makes them."""
     import torch
 
-    source = dense()
+    source = Path(shutil.copytree(dense(), tmp_path / "source"))
+    norms = [f"model.layers.{layer}.post_attention_layernorm.weight" for layer in range(NUM_LAYERS)]
+    edit_tensors(source, lambda d: [d[name].mul_(3.0**n) for n, name in enumerate(norms)])
     converted(source, tmp_path / "out", router__measure=False, router__logit_std=0.5)
     refs = read_folder(source)
-    for layer, router_ED in enumerate(rows(tmp_path / "out")):
-        norm_D = refs[f"model.layers.{layer}.post_attention_layernorm.weight"].read()
+    for norm, router_ED in zip(norms, rows(tmp_path / "out"), strict=True):
         x_TD = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
-        x_TD = x_TD / x_TD.square().mean(-1, keepdim=True).sqrt() * norm_D
+        x_TD = x_TD / x_TD.square().mean(-1, keepdim=True).sqrt() * refs[norm].read()
         assert float((x_TD @ router_ED.T).std()) == pytest.approx(0.5, rel=0.1)
 
 

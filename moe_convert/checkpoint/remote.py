@@ -80,7 +80,7 @@ def _open_online(api: HfApi, repo_id: str, revision: str) -> Source:
 
     info = api.model_info(repo_id, revision=revision, files_metadata=True)
     token = api.token
-    # By its own name, not by the commit: that leaves the name in the cache for runs without network.
+    # By its name, not by the commit: that leaves the name in the cache for runs without network.
     config_path = Path(hf_hub_download(repo_id, "config.json", revision=revision, token=token))
     sha = config_path.parent.name
     metadata = api.get_safetensors_metadata(repo_id, revision=sha)

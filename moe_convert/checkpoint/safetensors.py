@@ -111,6 +111,10 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         raise SourceError(
             f"The checkpoint has no file {path.name}.", "Download it again."
         ) from error
+    except OSError as error:
+        raise SourceError(
+            f"{path.name} cannot be read: {error.strerror}.", "Check its permissions."
+        ) from error
     except (struct.error, ValueError, UnicodeDecodeError) as error:
         raise SourceError(
             f"{path.name} is no safetensors file: its header cannot be read.", "Download it again."

@@ -14,7 +14,7 @@ import typer
 
 from moe_convert import __version__
 from moe_convert.console import Format, Output, quiet_libraries
-from moe_convert.errors import MoeConvertError
+from moe_convert.errors import InterruptedByUser, MoeConvertError
 
 app = typer.Typer(
     name="moe-convert",
@@ -25,7 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-INTERRUPTED = 130
 
 OUTPUT_OPTIONS: dict[str, tuple[Any, Any]] = {
     "format": (
@@ -83,6 +82,8 @@ def command(
     group: typer.Typer, name: str, **settings: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command that takes an `Output` first and gets the common options added."""
+    title = group.info.name
+    full_name = f"{title} {name}" if group is not app else name
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -96,7 +97,9 @@ def command(
         @functools.wraps(function)
         def run(**values: Any) -> None:
             chosen = {option: values.pop(option) for option in OUTPUT_OPTIONS}
-            output = Output(name, _format(chosen), not chosen["no_progress"], chosen["verbose"])
+            output = Output(
+                full_name, _format(chosen), not chosen["no_progress"], chosen["verbose"]
+            )
             quiet_libraries(chosen["verbose"], chosen["log_file"])
             _guarded(output, lambda: function(output, **values))
 
@@ -123,9 +126,9 @@ def _guarded(output: Output, function: Callable[[], None]) -> None:
     try:
         function()
     except KeyboardInterrupt:
-        interrupted = MoeConvertError("Interrupted.", f"Resume with: {_command_line()}")
+        interrupted = InterruptedByUser("Interrupted.", f"Resume with: {_command_line()}")
         output.error(interrupted, status="interrupted")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(interrupted.exit_code) from None
     except MoeConvertError as error:
         if debug:
             raise

@@ -12,8 +12,8 @@ from moe_convert.cli.base import app, command
 from moe_convert.console import Output
 from moe_convert.errors import OutputExistsError
 
-recipes_app = typer.Typer(help="The gallery of recipes.", no_args_is_help=True)
-app.add_typer(recipes_app, name="recipes")
+recipes_app = typer.Typer(name="recipes", help="The gallery of recipes.", no_args_is_help=True)
+app.add_typer(recipes_app)
 
 
 @command(recipes_app, "ls")

@@ -10,10 +10,12 @@ from moe_convert import __version__
 from moe_convert.cli.base import app, command
 from moe_convert.console import Output
 
-archs_app = typer.Typer(help="Dense families and MoE targets.", no_args_is_help=True)
-methods_app = typer.Typer(help="Ways to make experts and routers.", no_args_is_help=True)
-app.add_typer(archs_app, name="archs")
-app.add_typer(methods_app, name="methods")
+archs_app = typer.Typer(name="archs", help="Dense families and MoE targets.", no_args_is_help=True)
+methods_app = typer.Typer(
+    name="methods", help="Ways to make experts and routers.", no_args_is_help=True
+)
+app.add_typer(archs_app)
+app.add_typer(methods_app)
 
 
 @command(archs_app, "ls")
@@ -21,11 +23,13 @@ def archs_ls(output: Output) -> None:
     """List every dense family and the targets proved for it."""
     from moe_convert.families import FAMILIES
     from moe_convert.families.custom import CUSTOM_FAMILIES
+    from moe_convert.families.refused import REFUSED
     from moe_convert.wrappers import WRAPPERS
 
     found = {name: list(row.targets) for name, row in FAMILIES.items()}
     multimodal = {row.model_type: row.moe_type for row in WRAPPERS}
     custom = list(CUSTOM_FAMILIES)
+    exact = {name: row.limit or True for name, row in FAMILIES.items()}
 
     def human(console: Any) -> None:
         from rich.table import Table
@@ -38,8 +42,15 @@ def archs_ls(output: Output) -> None:
             table.add_row(whole.model_type, whole.moe_type, "yes, tested", whole.examples)
         console.print(table)
         console.print(f"with --target custom only, or where no target fits: {', '.join(custom)}")
+        console.print(f"refused: {', '.join(REFUSED)}; `archs show NAME` says why")
 
-    listed = {"architectures": found, "multimodal": multimodal, "custom": custom}
+    listed = {
+        "architectures": found,
+        "exact": exact,
+        "multimodal": multimodal,
+        "custom": custom,
+        "refused": REFUSED,
+    }
     output.result(listed, quiet="\n".join([*found, *multimodal]), human=human)
 
 

@@ -28,6 +28,7 @@ from moe_convert.families import (
 )
 from moe_convert.families.body import Body, Config, DenseFamily, layer_name, order, split_name
 from moe_convert.families.custom import custom_hint, custom_reason
+from moe_convert.families.refused import refused_reason
 
 MODULES = (
     llama,
@@ -68,7 +69,7 @@ def find_family(config: Config) -> tuple[DenseFamily, Body]:
     if family is None:
         raise UnsupportedError(
             f"No stock MoE architecture is known to hold {model_type} models exactly"
-            f"{custom_reason(model_type)}.",
+            f"{custom_reason(model_type) or refused_reason(model_type)}.",
             f"{custom_hint(model_type)} Supported: {', '.join(FAMILIES)}; see `moe-convert archs "
             "ls`.".lstrip(),
         )

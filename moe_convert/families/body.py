@@ -109,6 +109,7 @@ IGNORED = frozenset({
     "is_encoder_decoder",
     "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "auto_map", "name_or_path",
     "attn_implementation", "license", "use_bfloat16", "tokenizer_class", "is_decoder",
+    "transformers.js_config",
 })  # fmt: skip
 """Attributes that do not change the function, or that transformers folds into `rope_parameters`."""
 
@@ -190,13 +191,15 @@ class DenseFamily:
         if unknown:
             raise UnsupportedError(
                 f"config.json of this {self.model_type} sets {', '.join(unknown)}, which this "
-                "family does not define, so the function cannot be kept for sure.",
+                f"family does not define; none of its targets ({', '.join(self.targets)}) has a "
+                "place for it, so the function cannot be kept for sure.",
                 "Remove the attribute if it has no effect.",
             )
         for name, allowed in self.only.items():
-            if config.get(name) not in allowed:
+            value = config.get(name, given.get(name))
+            if value not in allowed:
                 raise UnsupportedError(
-                    f"{name}={config.get(name)!r} of this {self.model_type} cannot be expressed in "
+                    f"{name}={value!r} of this {self.model_type} cannot be expressed in "
                     f"any stock MoE architecture (only {' or '.join(map(repr, allowed))})."
                 )
         values = {ours: config.get(theirs) for ours, theirs in fields.items()}

@@ -55,7 +55,7 @@ ROWS = (
         "gemma3_text",
         "Gemma3ForCausalLM",
         targets=("beam",),
-        examples="Gemma 3 270M and 1B, the text part of 4B to 27B",
+        examples="Gemma 3 270M and 1B",
         fields={"act": "hidden_activation", "final_softcap": "final_logit_softcapping"},
         fixed={"block": "sandwich", "qk_norm": "head"},
         only={**CAUSAL, "attn_logit_softcapping": (None,)},

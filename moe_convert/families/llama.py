@@ -13,7 +13,8 @@ ROWS = (
         targets=("mixtral", "glm4_moe", "qwen2_moe", "solar_open", "granitemoe"),
         examples="Llama 2 and 3, TinyLlama, SmolLM2, Falcon3, Yi",
         fields={"mlp_bias": "mlp_bias"},
-        also_read=("attention_bias",),
+        only={"rope_interleaved": (False, None)},
+        also_read=("attention_bias", "is_llama_config"),
         refine=lambda c: {"qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]},
     ),
     DenseFamily(

@@ -29,7 +29,7 @@ ROWS = (
         "ministral3",
         "Ministral3ForCausalLM",
         targets=("mixtral", "glm4_moe"),
-        examples="Ministral 3 3B to 14B, up to their original context length",
+        examples="text checkpoints of Ministral 3, up to their original context length",
         fields={"sliding_window": "sliding_window"},
         refine=_ministral3,
         limit="up to original_max_position_embeddings (target.max_positions cuts a longer context)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -30,9 +31,11 @@ def choose_target(
     rows = _rows(family)
     found = {name: rows[name].misfits(body) for name in family.targets}
     if wanted != "auto" and wanted not in rows:
+        known = ["auto", CUSTOM, *rows]
+        near = difflib.get_close_matches(wanted, known, n=1)
         raise UsageError(
-            f"There is no target {wanted!r}; expected auto, {CUSTOM} or one of "
-            f"{', '.join(TARGETS)}."
+            f"There is no target {wanted!r}; expected one of {', '.join(known)}.",
+            f"Did you mean {near[0]}?" if near else "",
         )
     if wanted != "auto" and wanted not in found:
         raise UnsupportedError(
@@ -43,9 +46,11 @@ def choose_target(
     fitting = [name for name in names if not found[name]] or [""]
     if not fitting[0]:
         reasons = "; ".join(f"{name}: {', '.join(found[name])}" for name in names)
+        others = [name for name, why in found.items() if not why]
+        who = "No target can" if wanted == "auto" else f"{wanted} cannot"
         raise UnsupportedError(
-            f"No target can hold this {family.model_type} exactly ({reasons}).",
-            custom_hint(family.model_type),
+            f"{who} hold this {family.model_type} exactly ({reasons}).",
+            f"Use --target {others[0]}." if others else custom_hint(family.model_type),
         )
     wants_dense = len(_layers(recipe, body)) < body.num_layers
     if wanted == "auto":

@@ -73,7 +73,7 @@ def check_fits(plan: Plan, force: bool) -> None:
     for what, needed, free in needs:
         if needed > free and not force:
             raise DoesNotFitError(
-                f"The conversion needs {needed / 1e9:.1f} GB of {what}, and {free / 1e9:.1f} GB "
+                f"The conversion needs {needed / 1e9:.3g} GB of {what}, and {free / 1e9:.3g} GB "
                 "are free.",
                 "Use fewer experts or a smaller --dtype, or --force to try all the same.",
             )

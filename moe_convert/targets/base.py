@@ -51,10 +51,20 @@ class MoeShape:
 
 @dataclass(frozen=True)
 class Trap:
-    """What an engine does differently, and for which bodies and shapes."""
+    """What an engine does differently, and for which bodies and shapes.
+
+    `condition` says `when` in words, where the predicate is not one of `CONDITIONS`.
+    """
 
     text: str
     when: Callable[[Body, MoeShape], bool] = lambda body, shape: True
+    condition: str = ""
+
+    @property
+    def described(self) -> str:
+        """The trap with its condition, for those who have no body in mind."""
+        condition = self.condition or CONDITIONS.get(self.when, "")
+        return f"{self.text} (if {condition})" if condition else self.text
 
 
 @dataclass(frozen=True)
@@ -349,10 +359,16 @@ def windowed(body: Body, shape: MoeShape) -> bool:
     return body.sliding_window is not None
 
 
-HEAD_DIM = "takes the head size for hidden size / heads, and this one differs"
+HEAD_DIM = "takes the head size for hidden size / heads"
 WINDOW = "ignores the sliding window"
 SILU = "runs SiLU whatever hidden_act says"
 TRANSFORMERS = Engine("transformers", True)
+CONDITIONS: Mapping[Callable[[Body, MoeShape], bool], str] = {
+    odd_head_dim: "the head size differs from that",
+    not_silu: "the activation is another",
+    windowed: "there is one",
+}
+"""The predicates that several rows share, in words."""
 
 
 def same_bias(body: Body) -> str | None:

@@ -85,6 +85,7 @@ ROWS = (
                     Trap(
                         "lets windows reach one token further",
                         lambda b, s: b.sliding_window is not None,
+                        "there are any",
                     ),
                 ),
             ),
@@ -96,6 +97,7 @@ ROWS = (
                     Trap(
                         "averages shared and routed experts, whose sum is meant",
                         lambda b, s: s.shared_size > 0,
+                        "there are both",
                     ),
                 ),
             ),

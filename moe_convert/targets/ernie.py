@@ -59,6 +59,7 @@ ROWS = (
                     Trap(
                         "derives the width of the shared expert from other sizes",
                         lambda b, s: s.shared_size > 0,
+                        "there is one",
                     ),
                 ),
             ),

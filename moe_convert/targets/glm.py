@@ -97,6 +97,7 @@ ROWS = (
                     Trap(
                         "always adds a shared expert: use --shared-experts 1 or more",
                         lambda b, s: s.shared_size == 0,
+                        "there is none",
                     ),
                 ),
             ),

@@ -101,7 +101,11 @@ def with_sinks(weight: Weight, body: Body) -> Mapping[str, Weight]:
     return named
 
 
-NARROW = (Trap(NO_BIAS, biased), Trap(HEAD_DIM, odd_head_dim), Trap(SILU, not_silu))
+NARROW = (
+    Trap(NO_BIAS, biased, "there are any"),
+    Trap(HEAD_DIM, odd_head_dim),
+    Trap(SILU, not_silu),
+)
 ENGINES = (
     TRANSFORMERS,
     Engine("vLLM", True, NARROW),
@@ -109,7 +113,7 @@ ENGINES = (
         "SGLang",
         True,
         (
-            Trap(NO_BIAS, biased),
+            Trap(NO_BIAS, biased, "there are any"),
             Trap(HEAD_DIM, odd_head_dim),
             Trap("refuses all but SiLU", not_silu),
         ),

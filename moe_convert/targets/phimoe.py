@@ -126,7 +126,7 @@ ROWS = (
                 (
                     ENGINE_NAME,
                     Trap("routes with a jitter of 0.01 whatever the config says"),
-                    Trap("expects biases in attention and head, missing here"),
+                    Trap("expects biases in attention and head, which may not be written"),
                     Trap(SILU, not_silu),
                 ),
             ),

@@ -73,7 +73,11 @@ ROWS = (
                 "vLLM",
                 True,
                 (
-                    Trap("expects q, k and v biases, missing here", lambda b, s: not b.qkv_bias),
+                    Trap(
+                        "expects biases of q, k and v, which are not written",
+                        lambda b, s: not b.qkv_bias,
+                        "the body has none",
+                    ),
                     Trap(HEAD_DIM, odd_head_dim),
                     Trap(WINDOW, windowed),
                 ),
@@ -84,7 +88,11 @@ ROWS = (
                 True,
                 (
                     Trap("ignores norm_topk_prob, so its output differs"),
-                    Trap("needs shared-expert tensors", lambda b, s: s.shared_size == 0),
+                    Trap(
+                        "needs shared-expert tensors",
+                        lambda b, s: s.shared_size == 0,
+                        "there are none",
+                    ),
                     Trap(HEAD_DIM, odd_head_dim),
                 ),
             ),
@@ -106,7 +114,11 @@ ROWS = (
         limits=(same_bias,),
         engines=(
             TRANSFORMERS,
-            Engine("vLLM", True, (Trap("drops the bias of o_proj", lambda b, s: b.o_bias),)),
+            Engine(
+                "vLLM",
+                True,
+                (Trap("drops the bias of o_proj", lambda b, s: b.o_bias, "there is one"),),
+            ),
             Engine("SGLang", True),
             Engine("llama.cpp", True),
         ),
