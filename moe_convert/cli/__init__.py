@@ -30,7 +30,8 @@ def main() -> None:
         if message is None:
             raise
         output = Output(Path(sys.argv[0]).name, "json" if "--json" in sys.argv else "human")
-        output.error(UsageError(" ".join(message().split()), "See --help."))
+        if text := " ".join(message().split()):
+            output.error(UsageError(text, "See --help."))
         raise SystemExit(UsageError.exit_code) from None
     raise SystemExit(code if isinstance(code, int) else 0)
 
