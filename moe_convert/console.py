@@ -289,7 +289,7 @@ def verify_lines(report: VerifyReport) -> Iterator[str]:
         yield "parity    not checked: no dense source at hand, give one with --source"
     if report.router_logit_std:
         low, high = min(report.router_logit_std), max(report.router_logit_std)
-        yield f"router    logit std {low:.3g} to {high:.3g} over the layers, on text and random tokens"
+        yield f"router    logit std {low:.3g} to {high:.3g} by layer, on text and random tokens"
     if report.experts_exercised is not None:
         yield f"experts   {report.experts_exercised:.0%} were used by the check's tokens"
     if report.tokenizer_identical is not None:

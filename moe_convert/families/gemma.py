@@ -78,6 +78,7 @@ ROWS = (
             "self_attn.k_norm.weight",
             "model.norm.weight",
         ),
+        limit="up to rounding, with rms_norm_eps of at most 1e-5",
         ffn_norm="pre_feedforward_layernorm.weight",
     ),
 )

@@ -33,6 +33,7 @@ ROWS = (
         ),
         refine=lambda c: {"rope": dict(c["rope_parameters"])},
         carries=(*ATTENTION, *PER_LAYER_INPUTS, "final_logit_softcapping"),
+        rope_keys=("partial_rotary_factor",),
         ffn_norm="pre_feedforward_layernorm.weight",
         token_tables=("model.embed_tokens_per_layer.weight",),
     ),

@@ -13,6 +13,7 @@ ROWS = (
         fields={"qkv_bias": "attention_bias"},
         fixed={"interleaved_rope": True},
         also_read=("partial_rotary_factor",),
+        rope_keys=("partial_rotary_factor",),
         ffn_names=FfnNames("mlp.gate_up_proj.weight", "mlp.gate_up_proj.weight", fused=True),
     ),
 )

@@ -30,6 +30,7 @@ ROWS = (
         also_read=("attention_bias", *OWN_CODE),
         refine=lambda c: {"qkv_bias": c["attention_bias"], "o_bias": c["attention_bias"]},
         carries=("eod_token_id",),
+        rope_keys=("alpha",),
         tensors={
             "self_attn.query_layernorm.weight": renamed("self_attn.q_norm.weight"),
             "self_attn.key_layernorm.weight": renamed("self_attn.k_norm.weight"),

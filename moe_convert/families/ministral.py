@@ -32,6 +32,7 @@ ROWS = (
         examples="text checkpoints of Ministral 3, up to their original context length",
         fields={"sliding_window": "sliding_window"},
         refine=_ministral3,
+        rope_keys=("llama_4_scaling_beta", "max_position_embeddings"),
         limit="up to original_max_position_embeddings (target.max_positions cuts a longer context)",
     ),
     DenseFamily(

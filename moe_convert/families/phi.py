@@ -17,19 +17,11 @@ def split_qkv(weight: Weight, body: Body) -> Mapping[str, Weight]:
     return {f"self_attn.{n}_proj.weight": part for n, part in zip("qkv", parts, strict=True)}
 
 
-def reachable_window(config: Config) -> int | None:
-    """Return the sliding window unless it is as long as the context, where it cuts nothing off."""
-    window: int | None = config["sliding_window"]
-    return None if window is None or window >= config["max_position_embeddings"] else window
-
-
 def _phi3(config: Config) -> dict[str, Any]:
-    """Write longrope's scale out: it would follow from a context length that a recipe may cut."""
-    rope = {k: v for k, v in config["rope_parameters"].items() if k != "partial_rotary_factor"}
-    if rope["rope_type"] == "longrope" and rope.get("factor") is None:
-        original = rope["original_max_position_embeddings"]
-        rope["factor"] = config["max_position_embeddings"] / original
-    return {"rope": rope, "sliding_window": reachable_window(config)}
+    """Say up to where a window cuts nothing off, if it is as long as the context."""
+    window: int | None = config["sliding_window"]
+    idle = window is not None and window >= config["max_position_embeddings"]
+    return {"exact_below": window if idle else None}
 
 
 ROWS = (
@@ -38,6 +30,7 @@ ROWS = (
         "Phi3ForCausalLM",
         targets=("mixtral", "glm4_moe"),
         examples="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+        fields={"sliding_window": "sliding_window"},
         only={
             "attention_bias": (None, False),
             "mlp_bias": (None, False),
@@ -48,11 +41,12 @@ ROWS = (
         also_read=(
             "original_max_position_embeddings",
             "partial_rotary_factor",
-            "sliding_window",
             "resid_pdrop",
             "embd_pdrop",
         ),
         refine=_phi3,
+        rope_keys=("partial_rotary_factor",),
+        limit="a window as long as the context is left out where the target has none",
         tensors={"self_attn.qkv_proj.weight": split_qkv},
         ffn_names=FfnNames("mlp.gate_up_proj.weight", "mlp.gate_up_proj.weight", fused=True),
     ),

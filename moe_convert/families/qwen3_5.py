@@ -40,6 +40,7 @@ ROWS = (
         ),
         refine=whole_rope,
         carries=(*LINEAR_ATTENTION, "attention_bias"),
+        rope_keys=("partial_rotary_factor",),
         ffn_norm=None,
         unused=("mtp.",),
     ),

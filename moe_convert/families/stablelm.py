@@ -25,6 +25,7 @@ ROWS = (
         fixed={"norm": "layer"},
         only={"qk_layernorm": (False,), "use_parallel_residual": (False,)},
         also_read=("partial_rotary_factor", "hidden_dropout"),
+        rope_keys=("partial_rotary_factor",),
     ),
     DenseFamily(
         "nemotron",
@@ -35,6 +36,7 @@ ROWS = (
         fixed={"norm": "layer"},
         only={"hidden_act": ("relu2",)},
         also_read=("partial_rotary_factor", "attention_bias"),
+        rope_keys=("partial_rotary_factor",),
         refine=_nemotron,
         tensors={name: plus_one_as(name) for name in NORMS},
         ffn_names=FfnNames("mlp.up_proj.weight", "mlp.up_proj.weight"),

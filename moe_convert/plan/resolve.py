@@ -13,6 +13,7 @@ from moe_convert.compose import ExpertSource, open_experts
 from moe_convert.errors import SourceError, UsageError
 from moe_convert.experts import Compose
 from moe_convert.families import Body, DenseFamily, find_family
+from moe_convert.families.body import shortened
 from moe_convert.families.custom import CUSTOM, find_custom
 from moe_convert.ffn import TORCH_NAMES
 from moe_convert.inputs import check_inputs
@@ -84,11 +85,9 @@ def plan_source(recipe: Recipe, source: Source, token: str | None = None) -> Pla
 def _read(recipe: Recipe, source: Source) -> tuple[Source, DenseFamily, Body]:
     """Return the source with names that its family understands, the family and its body."""
     source, family, body = _understood(recipe, source)
-    body = replace(
-        body,
-        tied=body.tied and "lm_head.weight" not in source.tensors,
-        max_positions=min(body.max_positions, recipe.target.max_positions or body.max_positions),
-    )
+    body = replace(body, tied=body.tied and "lm_head.weight" not in source.tensors)
+    if recipe.target.max_positions is not None:
+        body = shortened(body, recipe.target.max_positions)
     return source, family, body
 
 

@@ -219,6 +219,8 @@ class MoeTarget:
             if feature in self.always:
                 if value != self.always[feature]:
                     reasons.append(f"it always has {feature}={self.always[feature]!r}")
+            elif feature == "sliding_window" and _cuts_nothing(body):
+                continue
             elif feature not in seen_to and value != defaults[feature]:
                 reasons.append(f"it has no place for {feature}={value!r}")
         if self.rope == "interleaved" and not body.interleaved_rope:
@@ -312,6 +314,13 @@ class MoeTarget:
         if self.dense_layers == "prefix":
             return dense == tuple(range(len(dense)))
         return not dense or self.dense_layers == "any"
+
+
+def _cuts_nothing(body: Body) -> bool:
+    """Whether the window is no shorter than the context up to which the body is described."""
+    if body.sliding_window is None or body.exact_below is None or body.layer_types is not None:
+        return False
+    return body.exact_below <= body.sliding_window
 
 
 def _as_half_split(inside: str, weight: Weight, body: Body) -> Weight:

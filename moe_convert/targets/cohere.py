@@ -18,6 +18,9 @@ from moe_convert.targets.base import (
     window_types,
 )
 
+ENDLESS = 2**30
+"""A window that no sequence fills."""
+
 
 def _turns_in_windows(body: Body) -> str | None:
     """Refuse layers that have rope or a window, but not both."""
@@ -30,11 +33,11 @@ def _turns_in_windows(body: Body) -> str | None:
 
 
 def _cohere2_moe(body: Body, shape: MoeShape) -> dict[str, Any]:
-    """Write the layers that rotate as windowed: without a window, it spans the whole context."""
+    """Write the layers that rotate as windowed; the window of a model without one never acts."""
     still = set(body.nope_layers)
     return {
         "logit_scale": 1 / body.logits_divisor,
-        "sliding_window": body.sliding_window or body.max_positions,
+        "sliding_window": body.sliding_window or ENDLESS,
         "layer_types": [
             "full_attention" if layer in still else "sliding_attention"
             for layer in range(body.num_layers)

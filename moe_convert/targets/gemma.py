@@ -27,6 +27,8 @@ from moe_convert.targets.base import (
 )
 from moe_convert.targets.glm import neutral_bias
 
+LARGEST_EPS = 1e-5
+"""The largest epsilon whose different weight beside a divided stream stays below rounding."""
 OPEN_GATE = 100.0
 """A gate's logit whose sigmoid is one in every dtype."""
 
@@ -47,6 +49,13 @@ def scaled_queries(weight: Weight, body: Body) -> Mapping[str, Weight]:
     """Fold what the attention's scale differs from 1/√C by into the query norm."""
     scale = body.attention_multiplier or body.head_dim**-0.5
     return {"self_attn.q_norm.weight": weight.scaled(scale * body.head_dim**0.5)}
+
+
+def _small_eps(body: Body) -> str | None:
+    """Refuse an epsilon that the division of the stream would make felt."""
+    if body.norm_eps <= LARGEST_EPS:
+        return None
+    return f"it divides its residual stream, which is felt beside rms_norm_eps={body.norm_eps!r}"
 
 
 def _beam(body: Body, shape: MoeShape) -> dict[str, Any]:
@@ -87,7 +96,7 @@ ROWS = (
             "self_attn.q_proj.weight": with_open_gate,
             "self_attn.q_norm.weight": scaled_queries,
         },
-        limits=(same_bias,),
+        limits=(same_bias, _small_eps),
         engines=(
             TRANSFORMERS,
             Engine("vLLM", True, (Trap(SILU, not_silu),)),
