@@ -121,6 +121,12 @@ class Clone(Method):
             UsageError: experts, top-k, shared experts or groups are no whole copies.
         """
         parts = self.granularity
+        if parts > 1 and target.fixed_top_k:
+            raise UsageError(
+                f"The router of {target.model_type} shares weights between experts whose logits tie, "
+                "as those of one copy do.",
+                "Use --granularity 1.",
+            )
         counts = {"--experts": shape.num_experts, "--top-k": shape.top_k}
         for option, count in counts.items():
             if count % parts:

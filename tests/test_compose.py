@@ -50,7 +50,7 @@ def relative(folder: Path, seed: int, model_type: str = "llama", **changes: Any)
 def _variants(model_type: str) -> dict[str, Any]:
     from tests.tiny import TINY
 
-    return TINY[model_type]  # type: ignore[return-value]
+    return TINY[model_type]
 
 
 def composition(models: dict[str, Path], *names: str, **more: Any) -> dict[str, Any]:

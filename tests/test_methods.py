@@ -11,10 +11,21 @@ import torch
 from moe_convert.edits import Drop, Noise, Place
 from moe_convert.errors import UsageError
 from moe_convert.ffn import Ffn, Weight
-from tests.tiny import make_dense
+from moe_convert.targets import TARGETS
+from tests.tiny import make_dense, pairs
 from tests.tools import converted, difference, logits, planned
 
 TOLERANCE = 1e-4
+
+
+def without_ties() -> list[tuple[str, str, str]]:
+    """Return the pairs whose router can tell equal rows apart."""
+    return [pair for pair in pairs() if TARGETS[pair[2]].fixed_top_k is None]
+
+
+def with_shared() -> list[tuple[str, str, str]]:
+    """Return the pairs whose target has a place for a shared expert of any width in units."""
+    return [pair for pair in pairs() if TARGETS[pair[2]].shared in {"free", "units", "one"}]
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +182,29 @@ def test_warnings_say_where_training_routers_is_pointless(dense: Path) -> None:
     assert "top1_renormalized" in {n.code for n in planned(dense, target__top_k=1).warnings}
     half = planned(dense, experts__edits=[{"edit": "drop", "ratio": 0.5}])
     assert "large_drop" in {note.code for note in half.warnings}
+
+
+@pytest.mark.parametrize(("model_type", "variant", "target"), without_ties())
+def test_virtual_groups_are_exact_on_every_pair(
+    tmp_path: Path, model_type: str, variant: str, target: str
+) -> None:
+    dense = make_dense(model_type, variant, tmp_path / "dense")
+    changes = {"target.architecture": target, "experts.granularity": 2, "router.measure": False}
+    converted(dense, tmp_path / "moe", **changes)
+    assert difference(logits(dense), logits(tmp_path / "moe")) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("model_type", "variant", "target"), with_shared())
+def test_shared_residual_is_exact_on_every_pair(
+    tmp_path: Path, model_type: str, variant: str, target: str
+) -> None:
+    dense = make_dense(model_type, variant, tmp_path / "dense")
+    changes = {"target.architecture": target, "experts.method": "shared-residual"}
+    converted(dense, tmp_path / "moe", **changes)
+    assert difference(logits(dense), logits(tmp_path / "moe")) <= TOLERANCE
+
+
+def test_a_router_that_ties_refuses_parts_of_a_copy(tmp_path: Path) -> None:
+    dense = make_dense("nemotron", "plain", tmp_path / "dense")
+    with pytest.raises(UsageError, match="tie"):
+        planned(dense, **{"experts.granularity": 2})

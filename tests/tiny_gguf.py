@@ -164,7 +164,9 @@ QWEN35 = {
 
 
 def _heads(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def _lfm2(config: Any) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def embedding_name(config: PreTrainedConfig) -> str:
     """Return what the loaded model calls its input embedding."""
     model = blueprint(config)
     embedding = model.get_input_embeddings().weight
-    return next(name for name, value in model.named_parameters() if value is embedding)
+    names: list[str] = [name for name, value in model.named_parameters() if value is embedding]
+    return names[0]
 
 
 def blueprint(config: PreTrainedConfig) -> PreTrainedModel:
@@ -85,7 +86,7 @@ def blueprint(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _untied_state(model: PreTrainedModel) -> dict[str, Any]:
-    state = model.state_dict()
+    state: dict[str, Any] = model.state_dict()
     for tied in getattr(model, "all_tied_weights_keys", None) or {}:
         state.pop(tied, None)
     return state

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -114,7 +114,7 @@ def command(
 
 def _format(chosen: dict[str, Any]) -> Format:
     wanted = "json" if chosen["json"] else "quiet" if chosen["quiet"] else chosen["format"]
-    formats: dict[str, Format] = {f: f for f in ("auto", "human", "json", "quiet")}  # type: ignore[misc]
+    formats: dict[str, Format] = {f: f for f in get_args(Format)}
     if wanted not in formats:
         raise typer.BadParameter(f"--format {wanted!r} is not one of {', '.join(formats)}")
     return formats[wanted]
@@ -146,9 +146,12 @@ def _guarded(output: Output, function: Callable[[], None]) -> None:
 
 
 def _command_line() -> str:
+    """Return the command as it was given, less a token."""
     import shlex
 
-    return shlex.join(["moe-convert", *sys.argv[1:]])
+    words = sys.argv[1:]
+    kept = [w for n, w in enumerate(words) if "--token" not in words[max(0, n - 1) : n + 1]]
+    return shlex.join(["moe-convert", *(w for w in kept if not w.startswith("--token="))])
 
 
 def _version(wanted: bool) -> None:

@@ -109,7 +109,8 @@ def make_class(kind: str, base: str) -> Any:
         made = _MAKERS[kind](base)
         made.__name__ = made.__qualname__ = name
         globals()[name] = made
-    return globals()[name]
+    found: type = globals()[name]
+    return found
 
 
 _MAKERS = {"MoeConfig": _config_class, "MoeForCausalLM": _model_class}
@@ -119,5 +120,6 @@ def __getattr__(name: str) -> type:
     """Make a class such as `MoeConfig_gpt2` when it is first asked for."""
     kind, _, base = name.partition("_")
     if kind in _MAKERS and base in CONFIG_MAPPING:
-        return make_class(kind, base)
+        made: type = make_class(kind, base)
+        return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
