@@ -123,8 +123,8 @@ class Clone(Method):
         parts = self.granularity
         if parts > 1 and target.fixed_top_k:
             raise UsageError(
-                f"The router of {target.model_type} shares weights between experts whose logits tie, "
-                "as those of one copy do.",
+                f"The router of {target.model_type} shares weights between experts that tie, "
+                "as the parts of one copy do.",
                 "Use --granularity 1.",
             )
         counts = {"--experts": shape.num_experts, "--top-k": shape.top_k}

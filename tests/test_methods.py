@@ -207,4 +207,4 @@ def test_shared_residual_is_exact_on_every_pair(
 def test_a_router_that_ties_refuses_parts_of_a_copy(tmp_path: Path) -> None:
     dense = make_dense("nemotron", "plain", tmp_path / "dense")
     with pytest.raises(UsageError, match="tie"):
-        planned(dense, **{"experts.granularity": 2})
+        planned(dense, experts__granularity=2)
