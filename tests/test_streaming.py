@@ -19,6 +19,8 @@ from tests.conftest import Dense
 from tests.tools import converted, difference, digest, hollow, logits, planned
 
 LAYER_BYTES = 23_000_000
+NOISE_LAYERS = 3
+"""How many layers' worth the allocator may differ by between two runs of one process."""
 MEASURE = """
 import json, shutil, sys
 from pathlib import Path
@@ -62,7 +64,7 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc to see the peak")
 def test_memory_does_not_grow_with_layers_or_shards(tmp_path: Path) -> None:
-    """A tensor that is kept per layer would add 23 MB for each of the additional layers."""
+    """Tensors that are kept would add 23 MB for each of the eight additional layers: 184 MB."""
     sizes = {
         "hidden_size": 1024,
         "intermediate_size": 2560,
@@ -81,9 +83,9 @@ def test_memory_does_not_grow_with_layers_or_shards(tmp_path: Path) -> None:
     result = run_python(MEASURE, str(tmp_path), json.dumps(runs))
     assert result.returncode == 0, result.stderr
     copied_few, copied_many, sharded, cast_few, cast_many = json.loads(result.stdout)
-    assert copied_many - copied_few < LAYER_BYTES
-    assert sharded - copied_many < LAYER_BYTES
-    assert cast_many - cast_few < LAYER_BYTES
+    assert copied_many - copied_few < NOISE_LAYERS * LAYER_BYTES
+    assert sharded - copied_many < NOISE_LAYERS * LAYER_BYTES
+    assert cast_many - cast_few < NOISE_LAYERS * LAYER_BYTES
 
 
 @pytest.fixture(scope="module")
