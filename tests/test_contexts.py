@@ -92,3 +92,16 @@ def test_a_large_epsilon_does_not_fit_beam(dense: Dense) -> None:
     planned(dense("gemma3_text", "plain", rms_norm_eps=1e-5))
     with pytest.raises(UnsupportedError, match=r"rms_norm_eps=0\.001"):
         planned(dense("gemma3_text", "plain", rms_norm_eps=1e-3))
+
+
+def test_an_untruncated_yarn_is_refused_where_ropes_go_by_layer_type(dense: Dense) -> None:
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 256,
+        "truncate": False,
+    }
+    source = dense("qwen3", "mixed_windows", rope_parameters=yarn)
+    with pytest.raises(UnsupportedError, match="truncate"):
+        planned(source, target__architecture="mellum")

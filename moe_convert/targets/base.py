@@ -389,6 +389,13 @@ def same_bias(body: Body) -> str | None:
     return None
 
 
+def whole_correction(body: Body) -> str | None:
+    """Refuse an untruncated yarn range, which transformers reads only from ropes of one kind."""
+    if body.rope.get("truncate") is False:
+        return "its ropes by layer type have no place for truncate=False"
+    return None
+
+
 def no_o_bias(body: Body) -> str | None:
     """Refuse a bias on the output projection."""
     return "it has no bias on o_proj" if body.o_bias else None

@@ -23,6 +23,7 @@ from moe_convert.targets.base import (
     mlp_types,
     not_silu,
     same_bias,
+    whole_correction,
     window_types,
 )
 from moe_convert.targets.glm import neutral_bias
@@ -96,7 +97,7 @@ ROWS = (
             "self_attn.q_proj.weight": with_open_gate,
             "self_attn.q_norm.weight": scaled_queries,
         },
-        limits=(same_bias, _small_eps),
+        limits=(same_bias, whole_correction, _small_eps),
         engines=(
             TRANSFORMERS,
             Engine("vLLM", True, (Trap(SILU, not_silu),)),

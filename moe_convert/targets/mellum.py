@@ -12,6 +12,7 @@ from moe_convert.targets.base import (
     MoeTarget,
     mlp_types,
     same_bias,
+    whole_correction,
     window_types,
 )
 
@@ -45,7 +46,7 @@ ROWS = (
         always={"qk_norm": "head"},
         constants={"norm_topk_prob": True, "output_router_logits": False},
         computed=_mellum,
-        limits=(same_bias,),
+        limits=(same_bias, whole_correction),
         engines=(
             TRANSFORMERS,
             Engine("vLLM", True),
