@@ -234,3 +234,63 @@ def gather(sources: tuple[Ffn, ...], assignment: Assignment) -> Experts:
         for source, neurons_N in zip(assignment.source_E, assignment.routed_EN, strict=True)
     )
     return Experts(routed, sources[0].select(assignment.shared_N, assignment.shared_scale))
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """A dense FFN in memory, fp32, for measurements: `down(act(gate x) * up x)`."""
+
+    gate_FD: torch.Tensor
+    up_FD: torch.Tensor
+    down_DF: torch.Tensor
+    act: str = "silu"
+
+    @classmethod
+    def of(cls, ffn: Ffn, device: str = "cpu") -> Neurons:
+        """Load a network."""
+        parts = (ffn.gate_FD, ffn.up_FD, ffn.down_DF)
+        gate_FD, up_FD, down_DF = (part.load().to(device).float() for part in parts)
+        return cls(gate_FD, up_FD, down_DF, ffn.act)
+
+    def gate(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return the activation of the gate, fp32 [T, F]."""
+        from transformers.activations import ACT2FN
+
+        gate_TF: torch.Tensor = ACT2FN[self.act](x_TD.float() @ self.gate_FD.T)
+        return gate_TF
+
+    def hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return what every neuron sends to `down`, fp32 [T, F]."""
+        return self.gate(x_TD).mul_(x_TD.float() @ self.up_FD.T)
+
+
+@dataclass(frozen=True)
+class FfnSample:
+    """What one FFN receives and should give on the calibration tokens.
+
+    `x_TD` is its input in the converted model as far as it is built, `dense_TD` that in the dense
+    model, and `target_TD` what it should add to the converted model's stream so that this equals
+    the dense one. `row_length` tokens in a row are one text. `gradient_TD` loads the gradient of
+    the dense model's mean token loss with respect to the FFN's output, where it was asked for.
+    """
+
+    x_TD: torch.Tensor
+    dense_TD: torch.Tensor
+    target_TD: torch.Tensor
+    row_length: int
+    gradient_TD: Callable[[], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Which neurons (int64) go together: every neuron of the FFN once.
+
+    `shared_N` are always on, `routed_EN` form the routed experts. `representative_E` is one neuron
+    of every expert that stands for it, and `router_ED` router rows that came out with the groups,
+    where a strategy makes them.
+    """
+
+    shared_N: torch.Tensor
+    routed_EN: torch.Tensor
+    representative_E: torch.Tensor | None = None
+    router_ED: torch.Tensor | None = None
