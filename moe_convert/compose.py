@@ -83,8 +83,9 @@ class ExpertSource:
         return self.adapter.refs if self.adapter else tuple(self.source.tensors.values())
 
     def fetch(self) -> ExpertSource:
-        """Make the tensors readable."""
-        return replace(self, source=self.source.fetch())
+        """Make the tensors readable; a GGUF file keeps its name and hash."""
+        source = replace(self.source.fetch(), name=self.source.name, sha=self.source.sha)
+        return replace(self, source=source)
 
     def same_as(self, base: Source) -> bool:
         """Whether it is the base itself, so that its experts change nothing."""
@@ -108,7 +109,12 @@ def _unfetched() -> Source:
 
 
 def open_experts(
-    method: Compose, base: Source, body: Body, read: Reader, token: str | None = None
+    method: Compose,
+    base: Source,
+    body: Body,
+    read: Reader,
+    token: str | None = None,
+    download: bool = True,
 ) -> tuple[ExpertSource, ...]:
     """Open every source by its headers, one that is named twice only once, and check that it fits.
 
@@ -123,19 +129,25 @@ def open_experts(
     for wanted in method.sources:
         key = (wanted.model, wanted.revision)
         if key not in opened:
-            opened[key] = _open(*key, base, body, read, token)
+            opened[key] = _open(*key, base, body, read, token, download)
             _check(opened[key], base, body, averaged=method.attention == "average")
         found.append(replace(opened[key], scale=wanted.scale))
     return tuple(found)
 
 
 def _open(
-    model: str, revision: str, base: Source, body: Body, read: Reader, token: str | None
+    model: str,
+    revision: str,
+    base: Source,
+    body: Body,
+    read: Reader,
+    token: str | None,
+    download: bool,
 ) -> ExpertSource:
     folder = Path(model).expanduser()
     if folder.is_dir() and is_adapter(folder):
         return ExpertSource(base, body, adapter=open_adapter(folder))
-    source = open_source(model, revision, token)
+    source = open_source(model, revision, token, download)
     ours, theirs = base.config["model_type"], source.config["model_type"]
     if ours != theirs:
         raise _differ("model_type", base, ours, source.name, theirs)

@@ -24,34 +24,20 @@ from rich.table import Table
 
 from moe_convert import __version__
 from moe_convert.errors import MoeConvertError
+from moe_convert.units import num_bytes, num_params
 
 if TYPE_CHECKING:
     from moe_convert.devices import DeviceRow
+    from moe_convert.hub import Pushed
     from moe_convert.manifest import Manifest, Routing, VerifyReport
     from moe_convert.plan import Plan
 
 RESULT_SCHEMA = "moe-convert/result/1"
-PHASES = {"source": "fetch source", "convert": "convert", "verify": "verify"}
+PHASES = {"source": "fetch source", "write": "write text", "convert": "convert", "verify": "verify"}
 PLAIN_INTERVAL_S = 5.0
 
 Format = Literal["auto", "human", "json", "quiet"]
 Report = Callable[[str, int, int], None]
-
-
-def num_bytes(count: float) -> str:
-    """Return a size for people, in powers of ten."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def num_params(count: int) -> str:
-    """Return a parameter count for people."""
-    if count >= 10**9:
-        return f"{count / 1e9:.2f} B"
-    return f"{count / 1e6:.1f} M" if count >= 10**6 else f"{count / 1e3:.1f} k"
 
 
 @dataclass
@@ -118,10 +104,14 @@ class Output:
         }
 
     def fail(
-        self, sections: Mapping[str, Any], error: MoeConvertError, human: Callable[[Console], None]
+        self,
+        sections: Mapping[str, Any],
+        error: MoeConvertError,
+        human: Callable[[Console], None],
+        status: str = "gate_failed",
     ) -> None:
         """Print a result whose check failed, and why."""
-        self.result(sections, quiet="fail", human=human, status="gate_failed", error=error)
+        self.result(sections, quiet="fail", human=human, status=status, error=error)
         self._complain(error)
 
     def error(self, error: MoeConvertError, status: str = "failed") -> None:
@@ -188,6 +178,10 @@ class _BarReport:
         self._bar, self._tasks, self._since = bar, dict[str, Any](), dict[str, float]()
 
     def __call__(self, what: str, done: int, total: int) -> None:
+        if what == "upload":
+            # The Hub library draws this one itself.
+            self._bar.stop()
+            return
         if what not in self._tasks:
             self._tasks[what] = self._bar.add_task(PHASES.get(what, what), total=total, rate="")
             self._since[what] = time.monotonic()
@@ -237,12 +231,14 @@ def plan_table(plan: Plan) -> Table:
         f"{num_params(plan.params_active)} active per token",
         "tensors": f"{len(plan.specs)} in {len(plan.shards)} files, stored as {plan.dtype}",
         "step 0": "exactly the dense function" if plan.exact else "differs from the dense function",
-        "download": num_bytes(estimate.download_bytes),
+        "download": num_bytes(estimate.download_bytes)
+        + (", read layer by layer, nothing kept" if plan.source.streamed else ""),
         "disk": f"{num_bytes(estimate.disk_bytes)} of {num_bytes(estimate.free_disk_bytes)} free",
         "memory": f"{num_bytes(estimate.ram_bytes)}{verify_ram}"
         f" of {num_bytes(estimate.free_ram_bytes)} free",
         "time": f"{estimate.time_s[0]:.0f} to {estimate.time_s[1]:.0f} s (disks of 2 to 0.2 GB/s)",
         "output": str(plan.output),
+        **_push_row(plan),
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold cyan")
@@ -256,6 +252,16 @@ def plan_table(plan: Plan) -> Table:
     for target, reasons in plan.refused.items():
         table.add_row(f"not {target}", _plain("; ".join(reasons)))
     return table
+
+
+def _push_row(plan: Plan) -> dict[str, str]:
+    """Return where the result will be published, if anywhere."""
+    target = plan.recipe.push
+    if target.repo_id is None:
+        return {}
+    kinds = {True: "private", False: "public", None: "private if it is new"}
+    place = "a pull request" if target.create_pr else target.branch or "main"
+    return {"push": f"{target.repo_id} ({kinds[target.private]}), {place}"}
 
 
 def device_line(row: DeviceRow) -> str:
@@ -274,6 +280,24 @@ def tensor_table(plan: Plan) -> Table:
         for spec in shard.specs:
             table.add_row(spec.name, spec.dtype, _plain(str(list(spec.shape))), shard.file)
     return table
+
+
+def push_lines(pushed: Pushed, every_file: bool) -> Iterator[str]:
+    """Yield what a push did or would do, line by line."""
+    for file in pushed.section["files"] if every_file else ():
+        yield f"{file['action']:<8}{num_bytes(file['size']):>10}  {file['path']}"
+    if not pushed.compared:
+        yield "The Hub was not asked: what it holds already is listed too."
+    kind = ("new, " if pushed.new else "") + ("private" if pushed.private else "public")
+    verb = "would upload" if pushed.dry_run else "uploaded"
+    pruned = f", {len(pushed.deleted)} deleted" if pushed.deleted else ""
+    where = f"{pushed.repo_id} ({kind}), {pushed.revision}"
+    if pushed.uploaded or pushed.deleted:
+        amount = f"{len(pushed.uploaded)} files, {num_bytes(pushed.uploaded_bytes)}{pruned}"
+        yield f"{verb} {amount} to {where}"
+    else:
+        yield f"nothing to upload: {where} holds all {len(pushed.files)} files"
+    yield pushed.pr_url or pushed.url
 
 
 def verify_lines(report: VerifyReport) -> Iterator[str]:
@@ -332,7 +356,9 @@ def plan_sections(plan: Plan) -> dict[str, Any]:
     target["tensors"] = [
         {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in plan.specs
     ]
+    pushes = plan.recipe.push.repo_id is not None
     return {
+        **({"push": plan.recipe.push.model_dump()} if pushes else {}),
         "source": source_info(plan).model_dump(),
         "target": target,
         "estimate": {
@@ -343,7 +369,10 @@ def plan_sections(plan: Plan) -> dict[str, Any]:
             "disk_bytes": estimate.disk_bytes,
             "time_s": list(estimate.time_s),
             "fits": estimate.fits,
-            "assumptions": ["disks write 0.2 to 2 GB/s", "conversion runs on the CPU"],
+            "assumptions": [
+                "disks write 0.2 to 2 GB/s",
+                "models run on the CPU with 20 to 500 GFLOP/s",
+            ],
         },
         "engines": {name: list(notes) for name, notes in plan.engines.items()},
         "devices": [asdict(row) for row in plan.devices],
@@ -359,10 +388,14 @@ def manifest_sections(manifest: Manifest, folder: Path) -> dict[str, Any]:
         "artifacts": {"model": str(folder), "manifest": str(folder / "moe_convert.json")},
         "warnings": [note.model_dump() for note in manifest.warnings],
     }
+    if manifest.card_sha256 is not None:
+        sections["artifacts"]["card"] = str(folder / "README.md")
     if manifest.routing is not None:
         sections["routing"] = manifest.routing.model_dump()
     if manifest.verify is not None:
         sections["verify"] = verify_section(manifest.verify)
+    if manifest.calibration is not None:
+        sections["calibration"] = manifest.calibration.model_dump()
     return sections
 
 
@@ -382,3 +415,14 @@ def quiet_libraries(verbose: int, log_file: Path | None) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
+
+
+def quiet_hub(output: Output) -> None:
+    """Keep the Hub library's warnings off the terminal, and its bars where nobody watches them."""
+    from huggingface_hub.utils import logging as logs
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not (output.human and output.show_progress):
+        disable_progress_bars()
+    if not output.verbose:
+        logs.set_verbosity(logging.ERROR)

@@ -13,16 +13,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from moe_convert.checkpoint import CheckpointWriter, Source, TensorRef, sha256_of
 from moe_convert.compose import ExpertSource, averaged, check_tokenizers, distinct
-from moe_convert.edits import edited
+from moe_convert.data import SelfWriter
 from moe_convert.errors import MoeConvertError, OutputExistsError, UsageError
 from moe_convert.experts import Compose, ComposeSource
-from moe_convert.ffn import Experts, Weight, gather
+from moe_convert.ffn import Weight
 from moe_convert.inputs import Inputs, read_inputs
+from moe_convert.making import Maker, layer_maker
 from moe_convert.manifest import (
     MANIFEST_NAME,
     SCHEMA,
@@ -35,8 +37,9 @@ from moe_convert.manifest import (
     versions,
 )
 from moe_convert.plan import Plan, lay_out
-from moe_convert.recipe import Recipe
-from moe_convert.routing import RouterMaker, routing_notes
+from moe_convert.provenance import Hashing, expert_files, files_of, with_origin
+from moe_convert.recipe import PushSection, Recipe
+from moe_convert.routing import routing_notes, routing_report
 
 PLAN_NAME = ".plan"
 
@@ -57,29 +60,38 @@ def convert(plan: Plan, progress: Progress = silent) -> Manifest:
     """
     check_output(plan)
     progress("source", 0, 1)
-    local = plan.source.fetch()
+    local = replace(plan.source.fetch(), sha=plan.source.sha)
     progress("source", 1, 1)
     plan = replace(plan, experts=tuple(expert.fetch() for expert in plan.experts))
     for expert in plan.experts:
         check_tokenizers(expert.source, local)
-    inputs = read_inputs(plan.recipe, plan.shape, plan.layout.body.vocab_size, local.folder)
+    vocab_size, device = plan.layout.body.vocab_size, plan.recipe.runtime.device
+    author = SelfWriter(local, progress, device)
+    inputs = read_inputs(plan.recipe, plan.shape, vocab_size, local.folder, author)
     partial = _open_partial(plan, local, inputs)
     weights = _weights_around(plan, local)
-    routers = RouterMaker(plan, local, weights, inputs)
     refs = [*local.tensors.values(), *(r for e in distinct(plan.experts) for r in e.refs)]
+    refs = sorted(refs, key=lambda ref: not ref.local)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        broken = [pool.submit(ref.nonfinite) for ref in refs]
+        broken = [pool.submit(ref.nonfinite) for ref in refs if ref.local]
+        hashing = Hashing(pool)
+        for read in (files_of(local), *map(expert_files, plan.experts)):
+            hashing.start(read)
         try:
-            make = LayerMaker(plan, local, routers)
-            hashes = _write_tensors(plan, weights, make, partial, progress)
+            with closing(CheckpointWriter(partial, plan.shards)) as files:
+                make = layer_maker(plan, local, weights, inputs, files)
+                hashes = _write_tensors(plan, weights, make, files, progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        broken += [pool.submit(ref.nonfinite) for ref in refs if not ref.local]
         warnings = _nonfinite_warnings(refs, broken)
     _write_side_files(plan, local, partial)
-    warnings += routing_notes(routers.report)
-    manifest = _manifest(plan, local, partial, hashes, warnings)
-    manifest.routing = routers.report
+    routing = routing_report(plan.recipe, inputs, make.found)
+    warnings += routing_notes(routing)
+    manifest = _manifest(plan, local, partial, hashes, warnings, hashing)
+    manifest.routing = routing
+    manifest.split = make.report
     manifest.save(partial)
     (partial / PLAN_NAME).unlink()
     _publish(plan, partial)
@@ -145,10 +157,7 @@ def _remove_partial(partial: Path) -> None:
 def _fingerprint(plan: Plan, local: Source, inputs: Inputs | None) -> str:
     """Return a hash of everything that decides the bytes of the result."""
     files = [*local.tensors.values(), *(ref for e in plan.experts for ref in e.refs)]
-    stamps = {
-        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in {ref.path: None for ref in files}
-    }
+    stamps = {str(path): ref.stamp for path, ref in {ref.path: ref for ref in files}.items()}
     recipe = public_recipe(plan).model_dump_json(exclude={"verify"})
     tokens = inputs.sha256 if inputs else ""
     parts = [recipe, repr(plan.specs), json.dumps(plan.config), repr(stamps), tokens]
@@ -158,26 +167,30 @@ def _fingerprint(plan: Plan, local: Source, inputs: Inputs | None) -> str:
 def _write_tensors(
     plan: Plan,
     weights: Mapping[str, Weight],
-    make: LayerMaker,
-    partial: Path,
+    make: Maker,
+    writer: CheckpointWriter,
     progress: Progress,
 ) -> dict[str, str]:
-    writer = CheckpointWriter(partial, plan.shards)
     total = sum(spec.num_bytes for spec in plan.specs)
     done = 0
-    try:
-        for step, layer, tensors in lay_out(plan.layout, weights, make):
-            if writer.skip_step(step, [name for name, _ in tensors]):
-                make.pass_over(layer)
-            else:
-                for name, weight in tensors:
-                    writer.write(name, weight)
-                writer.finish_step(step)
-            done += sum(weight.num_bytes for _, weight in tensors)
-            progress("convert", done, total)
-        return writer.finish()
-    finally:
-        writer.close()
+    for step, layer, tensors in lay_out(plan.layout, weights, make):
+        names = [name for name, _ in tensors]
+        if writer.skip_step(step, names):
+            tensors = [(name, writer.written(name)) for name in names]
+            make.pass_over(layer, tensors)
+        else:
+            for name, weight in sorted(tensors, key=_is_computed):
+                writer.write(name, weight)
+            writer.finish_step(step)
+        make.leave(layer, tensors)
+        done += sum(weight.num_bytes for _, weight in tensors)
+        progress("convert", done, total)
+    return writer.finish()
+
+
+def _is_computed(named: tuple[str, Weight]) -> bool:
+    """Sort what is copied, in the background, before what is computed here meanwhile."""
+    return named[1].stored is None
 
 
 def _weights_around(plan: Plan, local: Source) -> dict[str, Weight]:
@@ -186,33 +199,6 @@ def _weights_around(plan: Plan, local: Source) -> dict[str, Weight]:
     if isinstance(method, Compose) and method.attention == "average":
         return averaged(plan.experts)
     return {name: ref.weight() for name, ref in local.tensors.items()}
-
-
-class LayerMaker:
-    """Makes experts and router of one layer."""
-
-    def __init__(self, plan: Plan, local: Source, routers: RouterMaker) -> None:
-        """Prepare; nothing is read or run yet."""
-        self._plan, self._routers = plan, routers
-        self._base = {name: ref.weight() for name, ref in local.tensors.items()}
-
-    def __call__(self, layer: int) -> tuple[Experts, Weight]:
-        """Return the layer's experts and router rows [E, D], lazily loaded."""
-        plan = self._plan
-        layout, shape = plan.layout, plan.shape
-        dense = layout.family.ffn(layer, self._base, layout.body).cast(plan.dtype)
-        others = (e.ffn(layer, layout.family, plan.dtype) for e in plan.experts)
-        method = plan.recipe.experts
-        assignment = method.assign(dense.num_neurons, plan.target, shape, layer)
-        experts = gather((dense, *others), assignment)
-        experts = edited(experts, method.edits, method.seed, layer)
-        size = (shape.num_experts, layout.body.hidden_size)
-        return experts, Weight(size, plan.dtype, lambda: self._routers(layer))
-
-    def pass_over(self, layer: int | None) -> None:
-        """Measure the router of a layer that an earlier run wrote, for the report."""
-        if layer in self._plan.shape.moe_layers:
-            self._routers(layer)
 
 
 def _write_side_files(plan: Plan, local: Source, partial: Path) -> None:
@@ -236,9 +222,12 @@ def public_recipe(plan: Plan) -> Recipe:
         update={
             "model": model if model.startswith("package://") else plan.source.name,
             "revision": plan.source.sha if plan.source.revision else recipe.source.revision,
+            "download": True,
         }
     )
-    target = recipe.target.model_copy(update={"architecture": plan.target.recipe_name})
+    target = recipe.target.model_copy(
+        update={"architecture": plan.target.recipe_name, "active": None}
+    )
     experts = recipe.experts
     if isinstance(experts, Compose):
         experts = experts.model_copy(update={"sources": _public_sources(experts, plan.experts)})
@@ -253,6 +242,7 @@ def public_recipe(plan: Plan) -> Recipe:
             "router": router,
             "data": data,
             "output": output,
+            "push": PushSection(),
         }
     )
 
@@ -272,7 +262,12 @@ def _public_sources(
 
 
 def _manifest(
-    plan: Plan, local: Source, partial: Path, hashes: dict[str, str], warnings: list[Warning_]
+    plan: Plan,
+    local: Source,
+    partial: Path,
+    hashes: dict[str, str],
+    warnings: list[Warning_],
+    hashing: Hashing,
 ) -> Manifest:
     files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
     infos = [
@@ -290,12 +285,16 @@ def _manifest(
         exact=plan.exact,
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         recipe=public_recipe(plan).model_dump(mode="json", by_alias=True),
-        source=source_info(plan, local),
-        expert_sources=[expert_info(plan, expert) for expert in plan.experts],
+        source=with_origin(source_info(plan, local), local.folder, hashing.of(files_of(local))),
+        expert_sources=[
+            with_origin(expert_info(plan, one), one.folder, hashing.of(expert_files(one)))
+            for one in plan.experts
+        ],
         target=target_info(plan).model_copy(update={"files": infos}),
         warnings=[*notes, *warnings],
         versions=versions(),
         hardware=hardware(),
+        engines={name: list(notes) for name, notes in plan.engines.items()},
     )
 
 
@@ -338,6 +337,7 @@ def target_info(plan: Plan) -> TargetInfo:
         expert_size=shape.expert_size,
         params_total=plan.params_total,
         params_active=plan.params_active,
+        float32=[spec.name for spec in plan.specs if spec.dtype == "F32" != plan.dtype],
     )
 
 

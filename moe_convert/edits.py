@@ -1,9 +1,10 @@
-"""Edits: what changes the values of experts after their neurons were gathered.
+"""Edits: what changes the values of experts.
 
-Each edit is one recipe node, applied in the order of the list, and a pure function of the expert,
-its place and the seed: the same recipe gives the same bytes.
+Each edit is one recipe node, applied in the order of the list. Some are pure functions of an
+expert, its place and the seed, applied after its neurons were gathered; others fit the neurons of a
+carved FFN to data before they are.
 
-D hidden size · N neurons per expert
+D hidden size · N neurons per expert · T tokens
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moe_convert.ffn import Experts, Ffn, Weight
+from moe_convert.carving import Carved, refit, tune, with_down
+from moe_convert.ffn import Experts, Ffn, FfnSample, Weight
 
 if TYPE_CHECKING:
     import torch
@@ -156,17 +158,87 @@ def _each(
     )
 
 
-EditNode = Annotated[Noise | Drop, Field(discriminator="edit")]
+class Fit(Edit):
+    """An edit that needs to know what the FFN receives and should give; for splits."""
+
+    @property
+    def neutral(self) -> bool:
+        """It changes values."""
+        return False
+
+    def fit(self, carved: Carved, sample: FfnSample, seed: int) -> Carved:
+        """Return the FFN with better values."""
+        raise NotImplementedError
+
+
+class Refit(Fit):
+    """Solve all of `down` again, given who fires: ridge least squares towards its old values.
+
+    With two streams the inputs are those of the converted model and the target is what brings its
+    stream to the dense one, so that errors made upstream are corrected; with one, both are the
+    dense model's. The idea is old in pruning; SparseGPT and FLAP (arXiv 2312.11983) solve for
+    weights in the same way.
+    """
+
+    edit: Literal["refit"] = "refit"
+    ridge: float = Field(0.01, gt=0, description="relative to the Gram matrix's mean diagonal")
+    streams: Literal["two", "local"] = Field("two", description="what it learns from")
+
+    paper: ClassVar[str] = "arXiv 2312.11983"
+    summary: ClassVar[str] = "split: least squares for down under the real router"
+
+    def fit(self, carved: Carved, sample: FfnSample, seed: int) -> Carved:
+        """Solve for `down`."""
+        x_TD, target_TD = sample.x_TD, sample.target_TD
+        if self.streams == "local":
+            assert sample.given_TD is not None
+            x_TD, target_TD = sample.dense_TD, sample.given_TD()
+        return with_down(carved, refit(carved, x_TD, target_TD, self.ridge))
+
+
+class Tune(Fit):
+    """Improve gate, up and down by a few steps of Adam on the layer's own error.
+
+    Nothing is propagated through other layers; who is chosen stays as it is. `rate` is relative to
+    each matrix's root mean square.
+    """
+
+    edit: Literal["tune"] = "tune"
+    steps: int = Field(32, ge=1)
+    tokens: int = Field(2048, ge=1, description="of each step")
+    rate: float = Field(0.02, gt=0)
+
+    paper: ClassVar[str] = "this package"
+    summary: ClassVar[str] = "split: descent on the layer's own error"
+
+    def fit(self, carved: Carved, sample: FfnSample, seed: int) -> Carved:
+        """Descend."""
+        found = tune(
+            carved,
+            sample.x_TD,
+            sample.target_TD,
+            steps=self.steps,
+            tokens=min(self.tokens, len(sample.x_TD)),
+            rate=self.rate,
+            seed=seed,
+        )
+        return replace(carved, neurons=found)
+
+
+EditNode = Annotated[Noise | Drop | Refit | Tune, Field(discriminator="edit")]
 """The union of all edits; an entry's `edit` picks one."""
 
-EDITS: dict[str, type[Edit]] = {"noise": Noise, "drop": Drop}
+EDITS: dict[str, type[Edit]] = {"noise": Noise, "drop": Drop, "refit": Refit, "tune": Tune}
 """Edits by name."""
 
 
 def edited(experts: Experts, edits: tuple[EditNode, ...], seed: int, layer: int) -> Experts:
-    """Return the experts of a layer with every edit applied to the routed ones."""
+    """Return the experts of a layer with every edit applied to the routed ones.
+
+    Edits that fit values to data come before, where the data is.
+    """
     routed = list(experts.routed)
     for edit in edits:
-        if not edit.neutral:
+        if not edit.neutral and not isinstance(edit, Fit):
             routed = [edit.apply(e, Place(seed, layer, n)) for n, e in enumerate(routed)]
     return Experts(tuple(routed), experts.shared)

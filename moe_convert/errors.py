@@ -14,19 +14,33 @@ MoeConvertError             1   unexpected failure
 
 from __future__ import annotations
 
+import os
+import re
 from typing import ClassVar
+
+TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+TOKEN_PATTERN = re.compile(r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9.\-]{20,}|\bBearer\s+\S+")
+SHORTEST_TOKEN = 8
+
+
+def scrubbed(text: str, *secrets: str | None) -> str:
+    """Return a text without these secrets, the environment's tokens and what looks like one."""
+    known = (*secrets, *(os.environ.get(name) for name in TOKEN_NAMES))
+    for secret in known:
+        if secret and len(secret) >= SHORTEST_TOKEN:
+            text = text.replace(secret, "***").replace(secret.strip(), "***")
+    return TOKEN_PATTERN.sub("***", text)
 
 
 class MoeConvertError(Exception):
-    """Base class: one sentence in `message`, the remedy in `hint`."""
+    """Base class: one sentence in `message`, the remedy in `hint`; neither ever holds a token."""
 
     exit_code: ClassVar[int] = 1
     code: ClassVar[str] = "failure"
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = scrubbed(message), scrubbed(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".rstrip()

@@ -126,8 +126,10 @@ class Weight:
         return self.map(lambda tensor: tensor * factor, rounds=not power_of_two)
 
 
-def as_range(neurons: torch.Tensor) -> range | torch.Tensor:
+def as_range(neurons: range | torch.Tensor) -> range | torch.Tensor:
     """Return a range when the indices are consecutive, else the indices themselves."""
+    if isinstance(neurons, range):
+        return neurons
     import torch
 
     start = int(neurons[0]) if len(neurons) else 0
@@ -182,7 +184,9 @@ class Ffn:
         """Number of elements of the three matrices."""
         return self.gate_FD.num_params + self.up_FD.num_params + self.down_DF.num_params
 
-    def select(self, neurons_N: torch.Tensor, scale: float = 1.0, up_scale: float = 1.0) -> Ffn:
+    def select(
+        self, neurons_N: range | torch.Tensor, scale: float = 1.0, up_scale: float = 1.0
+    ) -> Ffn:
         """Return the network of these neurons (int64, may repeat), down and up times a scale."""
         neurons = as_range(neurons_N)
         return replace(
@@ -207,12 +211,13 @@ class Assignment:
     """Which neurons of which source every expert takes; indices are int64 and may overlap.
 
     `routed_EN` are neurons per routed expert, `shared_N` those of the shared expert (may be none),
-    `source_E` the checkpoint of each row; the scales multiply `down` of the routed and the shared
-    experts, `up_scale` multiplies `up` of the routed ones.
+    both as ranges where that suffices, which need no torch; `source_E` is the checkpoint of each
+    row. The scales multiply `down` of the routed and the shared experts, `up_scale` multiplies `up`
+    of the routed ones.
     """
 
-    routed_EN: torch.Tensor
-    shared_N: torch.Tensor
+    routed_EN: torch.Tensor | tuple[range, ...]
+    shared_N: torch.Tensor | range
     source_E: tuple[int, ...]
     routed_scale: float = 1.0
     shared_scale: float = 1.0
@@ -257,11 +262,11 @@ class Neurons:
         from transformers.activations import ACT2FN
 
         gate_TF: torch.Tensor = ACT2FN[self.act](x_TD.float() @ self.gate_FD.T)
-        return gate_TF
+        return gate_TF.float()
 
     def hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return what every neuron sends to `down`, fp32 [T, F]."""
-        return self.gate(x_TD).mul_(x_TD.float() @ self.up_FD.T)
+        return (self.gate(x_TD) * (x_TD.float() @ self.up_FD.T)).float()
 
 
 @dataclass(frozen=True)
@@ -270,8 +275,9 @@ class FfnSample:
 
     `x_TD` is its input in the converted model as far as it is built, `dense_TD` that in the dense
     model, and `target_TD` what it should add to the converted model's stream so that this equals
-    the dense one. `row_length` tokens in a row are one text. `gradient_TD` loads the gradient of
-    the dense model's mean token loss with respect to the FFN's output, where it was asked for.
+    the dense one. `row_length` tokens in a row are one text. `given_TD` computes what the dense FFN
+    gives in the dense model. `gradient_TD` loads the gradient of the dense model's mean token loss
+    with respect to the FFN's output, where it was asked for.
     """
 
     x_TD: torch.Tensor
@@ -279,6 +285,7 @@ class FfnSample:
     target_TD: torch.Tensor
     row_length: int
     gradient_TD: Callable[[], torch.Tensor] | None = None
+    given_TD: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_convert.data import Prompt, check_data, prompt_ids, token_ids, tokenizer_of
+from moe_convert.data import (
+    Prompt,
+    Writer,
+    check_data,
+    prompt_ids,
+    token_ids,
+    tokenizer_of,
+    unwritten,
+)
 from moe_convert.errors import UsageError
 from moe_convert.experts import Compose
 from moe_convert.recipe import Recipe
@@ -67,16 +75,22 @@ def num_rows(recipe: Recipe, shape: MoeShape) -> int:
 
 
 def read_inputs(
-    recipe: Recipe, shape: MoeShape, vocab_size: int, folder: Path | None
+    recipe: Recipe,
+    shape: MoeShape,
+    vocab_size: int,
+    folder: Path | None,
+    writer: Writer | None = None,
 ) -> Inputs | None:
     """Return the token ids that the routers need, with the tokenizer in `folder`; None if none.
+
+    `writer` writes the text of `data.train: self`.
 
     Raises:
         UsageError: data or prompts cannot be read, or are too short.
     """
-    if not recipe.router.needs_input:
+    if not recipe.needs_input:
         return None
-    data_BT = token_ids(recipe.data, folder, vocab_size)
+    data_BT = token_ids(recipe.data, folder, vocab_size, writer)
     wanted = num_rows(recipe, shape)
     if recipe.router.kind == "centroid" and data_BT.numel() < wanted:
         raise UsageError(
@@ -133,7 +147,8 @@ def check_inputs(
             f"{wanted} rows of {hidden_size} numbers cannot all be at right angles.",
             "Use --router normal.",
         )
-    if recipe.data.train is not None and not router.needs_input:
+    unread = not recipe.needs_input and recipe.calibration.enabled is False
+    if recipe.data.train is not None and unread:
         why = "router.init zeros" if router.kind == "zeros" else "--no-measure"
         raise UsageError(
             f"--data has no effect: with {why} nothing is measured.", "Leave one of them out."
@@ -146,8 +161,9 @@ def check_inputs(
             "Use --router prompts.",
         )
     check_data(recipe.data)
-    if folder is not None and recipe.data.hub is None:
-        read_inputs(recipe, shape, vocab_size, folder)
+    users = recipe.data.train is not None or router.learns
+    if users and folder is not None and recipe.data.hub is None:
+        read_inputs(recipe, shape, vocab_size, folder, unwritten)
 
 
 def _check_prompts(recipe: Recipe, wanted: int) -> None:

@@ -28,7 +28,11 @@ class Model(BaseModel):
 
 
 class SourceInfo(Model):
-    """The dense checkpoint."""
+    """The dense checkpoint.
+
+    Of a local one, which no commit names, `files` are the SHA-256 of every file that was read and
+    `content_sha256` is one of them all.
+    """
 
     id: str
     revision: str | None
@@ -37,6 +41,11 @@ class SourceInfo(Model):
     params: int
     dtype: str
     license: str | None
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: list[str] = Field(default_factory=list)
+    files: dict[str, str] = Field(default_factory=dict)
+    content_sha256: str | None = None
 
 
 class FileInfo(Model):
@@ -48,7 +57,7 @@ class FileInfo(Model):
 
 
 class TargetInfo(Model):
-    """The result."""
+    """The result; `float32` are tensors kept in that wider dtype, as the source stores them."""
 
     architecture: str
     path: str | None = None
@@ -59,6 +68,7 @@ class TargetInfo(Model):
     expert_size: int
     params_total: int
     params_active: int
+    float32: list[str] = Field(default_factory=list)
     files: list[FileInfo] = Field(default_factory=list)
 
 
@@ -89,6 +99,19 @@ class VerifyReport(Model):
     experts_exercised: float | None = None
     tokenizer_identical: bool | None = None
     generation: list[str] = Field(default_factory=list)
+    calibrated: bool = False
+
+
+class SplitReport(Model):
+    """How near a split that was fitted to data comes to the dense model, on that data.
+
+    By layer: the share of the dense stream's energy that the converted stream differs by after it,
+    and the share of what its experts should add that they miss (null where an earlier run made it).
+    """
+
+    layers: list[int]
+    stream_error: list[float]
+    layer_error: list[float | None]
 
 
 class Routing(Model):
@@ -114,6 +137,46 @@ class Routing(Model):
     dead_experts: int
 
 
+class Measured(Model):
+    """A model beside the dense one on `tokens` tokens.
+
+    `kl` is KL(dense ‖ model) of a token in nats, `max_violation` the busiest expert's load over the
+    mean less 1, of the worst layer, and `routing_value` what perplexity rises by when every token
+    is routed as another one is. `load` has each expert's share of all choices, layer by layer.
+    """
+
+    tokens: int
+    dense_perplexity: float
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    max_violation: float
+    dead_experts: int
+    num_experts: int
+    routing_value: float
+    load: list[list[float]]
+
+
+class CalibrationReport(Model):
+    """What the last calibration did; losses are those of a step, the weighted terms added up."""
+
+    steps: int
+    tokens: int
+    loss_first: float
+    loss_last: float
+    stopped_early: bool = False
+    resumed_from: int | None = None
+    checkpoint: str | None = None
+    trained: list[str]
+    trained_params: int
+    objective: dict[str, float]
+    data: str
+    num_processes: int
+    before: Measured
+    after: Measured
+    failures: list[str] = Field(default_factory=list)
+
+
 class Warning_(Model):
     """A warning with a stable code."""
 
@@ -126,7 +189,7 @@ class Manifest(Model):
     """The whole file."""
 
     schema_id: Literal["moe-convert/manifest/1"] = Field(SCHEMA, alias="schema")
-    state: Literal["converted", "verified", "failed"] = "converted"
+    state: Literal["converted", "verified", "calibrated", "failed"] = "converted"
     exact: bool
     created_at: str
     recipe: dict[str, Any]
@@ -135,15 +198,23 @@ class Manifest(Model):
     target: TargetInfo
     verify: VerifyReport | None = None
     routing: Routing | None = None
+    split: SplitReport | None = None
+    calibration: CalibrationReport | None = None
     warnings: list[Warning_] = Field(default_factory=list)
     versions: dict[str, str]
     hardware: dict[str, str]
+    engines: dict[str, list[str]] = Field(default_factory=dict)
+    card_sha256: str | None = None
+
+    def as_json(self) -> str:
+        """Return the text of the file."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder, all or nothing."""
         path = folder / MANIFEST_NAME
         partial = path.with_suffix(".json.partial")
-        partial.write_text(self.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(self.as_json(), encoding="utf-8")
         partial.replace(path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -78,11 +78,40 @@ CHOICES: dict[str, Choice] = {
         "Branch, tag or commit of a Hub source (default: main).",
         "Source",
     ),
+    "download": Choice(
+        ("source.download",),
+        bool,
+        "--download/--no-download",
+        "Keep a Hub source's weights in the cache (default), or read them layer by layer and never "
+        "on disk.",
+        "Source",
+    ),
     "token": Choice(
         (), str, "--token", "Hub token; `hf auth login` or HF_TOKEN are safer.", "Source"
     ),
+    "active": Choice(
+        ("target.active",),
+        float,
+        "--active",
+        "split: share of the FFN that fires, in place of the three counts.",
+        "Experts",
+    ),
     "strategy": Choice(
-        ("experts.strategy",), str, "--strategy", "split: contiguous or random.", "Experts"
+        ("experts.strategy",),
+        str,
+        "--strategy",
+        "split: contribution (default), coactivation, cmoe, expertweaver, gradient, weights, random "
+        "or contiguous.",
+        "Experts",
+    ),
+    "refit": Choice(
+        ("experts.edits",),
+        bool,
+        "--refit/--no-refit",
+        "split: solve `down` by least squares, and nothing else; or leave all values as they are "
+        "(default: what the strategy does).",
+        "Experts",
+        lambda wanted: [{"edit": "refit"}] if wanted else [],
     ),
     "granularity": Choice(
         ("experts.granularity",),
@@ -127,7 +156,8 @@ CHOICES: dict[str, Choice] = {
         ("router.init",),
         str,
         "--router",
-        "auto, zeros, normal, orthogonal, centroid or prompts.",
+        "auto, zeros, normal, orthogonal, centroid or prompts; for a split also distill, ridge, "
+        "mean-gate, representative or grouped.",
         "Router",
     ),
     "router_std": Choice(
@@ -148,8 +178,8 @@ CHOICES: dict[str, Choice] = {
         ("data.train",),
         str,
         "--data",
-        "Text that routers are made and measured on: a .txt, .jsonl or .parquet file, a glob, or "
-        "org/name on the Hub (default: a short built-in text).",
+        "Text that routers are made and measured on: a .txt, .jsonl or .parquet file, a glob, "
+        "org/name on the Hub, or self: the source writes it (default: a short built-in text).",
         "Data",
     ),
     "text_field": Choice(
@@ -158,6 +188,136 @@ CHOICES: dict[str, Choice] = {
         "--text-field",
         "Field of a JSON line or table that holds the text (default: text).",
         "Data",
+    ),
+    "calibrate": Choice(
+        ("calibration.enabled",),
+        bool,
+        "--calibrate/--no-calibrate",
+        "Train the result a little (default: splits, where there is a GPU).",
+        "Calibration",
+    ),
+    "train": Choice(
+        ("calibration.train",),
+        str,
+        "--train",
+        "What is trained: router, experts, norms, joined by +, or all (default: by method).",
+        "Calibration",
+    ),
+    "objective": Choice(
+        ("calibration.objective",),
+        str,
+        "--objective",
+        "Loss terms of weight one, joined by +: distill, hidden, lm, aux, z (default: by method).",
+        "Calibration",
+        lambda text: exact_objective(text),
+    ),
+    "aux_coef": Choice(
+        ("calibration.objective.aux",),
+        float,
+        "--aux-coef",
+        "Weight of the load balance of every layer.",
+        "Calibration",
+    ),
+    "z_coef": Choice(
+        ("calibration.objective.z",),
+        float,
+        "--z-coef",
+        "Weight of the squared log-sum-exp of router logits.",
+        "Calibration",
+    ),
+    "bias_update": Choice(
+        ("calibration.bias_update",),
+        float,
+        "--bias-update",
+        "Loss-free balancing: step of the selection biases (default: 0).",
+        "Calibration",
+    ),
+    "dense_router": Choice(
+        ("calibration.dense_router",),
+        bool,
+        "--dense-router/--no-dense-router",
+        "Straight-through router gradient from all experts; slow.",
+        "Calibration",
+    ),
+    "max_tokens": Choice(
+        ("calibration.max_tokens",),
+        int,
+        "--max-tokens",
+        "Tokens to train on (default: 2000000, without a GPU 131072).",
+        "Calibration",
+    ),
+    "max_steps": Choice(
+        ("calibration.max_steps",), int, "--max-steps", "Stop after so many steps.", "Calibration"
+    ),
+    "seq_len": Choice(
+        ("data.seq_len",), int, "--seq-len", "Tokens of a row (default: 1024).", "Calibration"
+    ),
+    "batch_size": Choice(
+        ("calibration.batch_size",),
+        int,
+        "--batch-size",
+        "Rows of a step, over all processes (default: 8192 tokens).",
+        "Calibration",
+    ),
+    "grad_accum": Choice(
+        ("calibration.grad_accum",),
+        int,
+        "--grad-accum",
+        "Parts that a process's rows are cut into (default: 1).",
+        "Calibration",
+    ),
+    "lr": Choice(
+        ("calibration.optimizer.lr",),
+        float,
+        "--lr",
+        "Learning rate of the experts; routers multiply it by 10, those of splits by 1 (default: by "
+        "method).",
+        "Calibration",
+    ),
+    "grad_checkpointing": Choice(
+        ("calibration.gradient_checkpointing",),
+        bool,
+        "--grad-checkpointing/--no-grad-checkpointing",
+        "Compute layers twice to save memory (default: no).",
+        "Calibration",
+    ),
+    "mixed_precision": Choice(
+        ("calibration.mixed_precision",),
+        str,
+        "--mixed-precision",
+        "auto, no or bf16 with fp32 routers and optimiser (default: auto, bf16 on a GPU).",
+        "Calibration",
+    ),
+    "save_every": Choice(
+        ("calibration.save_every",),
+        int,
+        "--save-every",
+        "Steps between checkpoints (default: 200).",
+        "Calibration",
+    ),
+    "tracker": Choice(
+        ("calibration.trackers[]",),
+        list[str],
+        "--tracker",
+        "trackio, tensorboard or wandb; repeat it for several.",
+        "Calibration",
+    ),
+    "max_ppl_ratio": Choice(
+        ("calibration.guards.max_ppl_ratio",),
+        float,
+        "--max-ppl-ratio",
+        "Fail (exit code 5) above this perplexity over the dense model's.",
+        "Calibration",
+    ),
+    "max_dead": Choice(
+        ("calibration.guards.max_dead_share",),
+        float,
+        "--max-dead",
+        "Fail (exit code 5) above this share of dead experts.",
+        "Calibration",
+    ),
+    "device": Choice(
+        ("runtime.device",), str, "--device", "auto (a GPU if there is one), cpu or cuda.", "Runtime"
     ),
     "max_shard_size": Choice(
         ("output.max_shard_size",),
@@ -173,12 +333,58 @@ CHOICES: dict[str, Choice] = {
         "Also write older config keys and an explicit lm_head (default).",
         "Result",
     ),
+    "card": Choice(
+        ("output.card",),
+        bool,
+        "--card/--no-card",
+        "Write README.md, the model card (default).",
+        "Result",
+    ),
+    "license": Choice(
+        ("output.license",),
+        str,
+        "--license",
+        "Licence of the result, a Hub id such as apache-2.0 (default: that of the sources).",
+        "Result",
+    ),
     "verify": Choice(
         ("verify.enabled",),
         bool,
         "--verify/--no-verify",
         "Load the result and compare it with the dense model (default).",
         "Result",
+    ),
+    "push": Choice(
+        ("push.repo_id",),
+        str,
+        "--push",
+        "Publish the result as org/name on the Hub; login and rights are checked first.",
+        "Publish",
+    ),
+    "private": Choice(
+        ("push.private",),
+        bool,
+        "--private/--public",
+        "Default: private if the repository is new, as it is if it exists.",
+        "Publish",
+    ),
+    "create_pr": Choice(
+        ("push.create_pr",),
+        bool,
+        "--create-pr",
+        "Open a pull request instead of committing.",
+        "Publish",
+    ),
+    "branch": Choice(("push.branch",), str, "--branch", "Branch, made if missing.", "Publish"),
+    "commit_message": Choice(
+        ("push.commit_message",), str, "--commit-message", "Title of the commit.", "Publish"
+    ),
+    "prune": Choice(
+        ("push.prune",),
+        bool,
+        "--prune/--no-prune",
+        "Delete what an earlier push left and the result no longer has (default).",
+        "Publish",
     ),
     "yes": Choice((), bool, "-y --yes", "Do not ask.", "Result"),
     "overwrite": Choice(
@@ -222,12 +428,9 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     """
     from moe_convert.recipe import SCHEMA, build_recipe, load_recipe
 
-    changes: dict[str, Any] = dict(_setting(pair) for pair in values["set_"] or [])
+    changes = changes_from(values, CHOICES)
     if values["source"] is not None:
         changes["source.model"] = values["source"]
-    for name, choice in CHOICES.items():
-        if values[name] is not None:
-            _apply(changes, choice, values[name])
     if values["source_expert"]:
         changes.setdefault("experts.method", "compose")
     if values["recipe"]:
@@ -237,13 +440,30 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     return build_recipe({"schema": SCHEMA}, changes)
 
 
+def changes_from(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the recipe fields that --set and these options change."""
+    changes: dict[str, Any] = dict(_setting(pair) for pair in values["set_"] or [])
+    for name in names:
+        if values[name] is not None:
+            _apply(changes, CHOICES[name], values[name])
+    return changes
+
+
 def _apply(changes: dict[str, Any], choice: Choice, value: Any) -> None:
     for field in choice.fields:
         if field.endswith("[]"):
             given = value if isinstance(value, list) else [value]
             changes.setdefault(field, []).extend(choice.wrap(one) for one in given)
         else:
-            changes[field] = value
+            changes[field] = choice.wrap(value)
+
+
+def exact_objective(text: str) -> dict[str, float]:
+    """Return `distill+lm` as weights of one, and zero for the terms that are not there."""
+    from moe_convert.calibration import Objective
+
+    terms = dict.fromkeys(Objective.model_fields, 0.0)
+    return {**terms, **dict.fromkeys(text.split("+"), 1.0)}
 
 
 def _source_expert(text: str) -> dict[str, Any]:

@@ -23,14 +23,21 @@ from pydantic import (
     model_validator,
 )
 
+from moe_convert.calibration import Calibration
 from moe_convert.data import Data
 from moe_convert.errors import UsageError
-from moe_convert.experts import METHODS, Clone, ExpertsNode
+from moe_convert.edits import Fit
+from moe_convert.experts import METHODS, STRATEGIES, Clone, ExpertsNode, Split
 from moe_convert.mergekit import imported, is_mergekit
 from moe_convert.routers import Router
+from moe_convert.runtime import Runtime
 
 SCHEMA: Final = "moe-convert/recipe/1"
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+SPLIT_TOKENS = 65_536
+"""Tokens that a split is fitted to by default."""
+FLAT_STD = 2.0**-9
+"""Spread of the logits that leaves the chosen experts' weights equal to about one percent."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -47,6 +54,9 @@ class SourceSection(Section):
         description="directory, org/name[@rev], hf://…, file.gguf or package://PACKAGE/FILE.gguf"
     )
     revision: str = Field("main", description="branch, tag or commit; the commit is recorded")
+    download: bool = Field(
+        True, description="false: read Hub tensors over the network, keep none of them on disk"
+    )
 
 
 class TargetSection(Section):
@@ -57,6 +67,9 @@ class TargetSection(Section):
     top_k: int = Field(2, description="experts per token")
     shared_experts: int = Field(
         0, ge=0, description="always-on experts, in units of the expert size"
+    )
+    active: float | None = Field(
+        None, gt=0, lt=1, description="split: share of the FFN that fires; sets all three counts"
     )
     layers: str | list[int] = Field("all", description='all, a slice "4:" or a list "0,2,5"')
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -86,6 +99,8 @@ class OutputSection(Section):
     overwrite: bool = False
     max_shard_size: str = "5GB"
     compat: bool = Field(True, description="also write older config keys and an explicit lm_head")
+    card: bool = Field(True, description="write README.md, the model card")
+    license: str = Field("inherit", description="inherit (from the sources), or a Hub licence id")
 
     @field_validator("max_shard_size")
     @classmethod
@@ -97,6 +112,34 @@ class OutputSection(Section):
     def max_shard_bytes(self) -> int:
         """Shard size in bytes."""
         return parse_bytes(self.max_shard_size)
+
+
+class PushSection(Section):
+    """Where the result is published; nothing is uploaded without a `repo_id`."""
+
+    repo_id: str | None = Field(None, description="org/name on the Hub")
+    private: bool | None = Field(
+        None, description="null: private if it is new, and as it is if it exists"
+    )
+    branch: str | None = Field(None, description="null: main; refs/pr/N: that pull request")
+    create_pr: bool = Field(False, description="open a pull request instead of committing")
+    commit_message: str | None = None
+    prune: bool = Field(
+        True, description="delete what an earlier push left and the result no longer has"
+    )
+
+    @field_validator("repo_id")
+    @classmethod
+    def _valid_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", value, re.ASCII):
+            raise ValueError("a repository is named org/name")
+        return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> PushSection:
+        if self.create_pr and self.branch not in {None, "main"}:
+            raise ValueError("a pull request is opened against main, so branch has no effect")
+        return self
 
 
 class Recipe(Section):
@@ -113,8 +156,11 @@ class Recipe(Section):
     experts: ExpertsNode = Clone()
     router: Router = Router()
     data: Data = Data()
+    calibration: Calibration = Calibration()
+    runtime: Runtime = Runtime()
     verify: VerifySection = VerifySection()
     output: OutputSection = OutputSection()
+    push: PushSection = PushSection()
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -126,18 +172,62 @@ class Recipe(Section):
     def _as_many_as_the_method_has(
         cls, value: Any, handler: ModelWrapValidatorHandler[Recipe]
     ) -> Recipe:
-        """Take the number of experts from the method where the recipe does not give one."""
+        """Take what the recipe does not say from its method: experts, and a split's defaults."""
         recipe = handler(value)
         wanted = recipe.experts.num_experts
-        if wanted is None or "num_experts" in recipe.target.model_fields_set:
-            return recipe
-        target = recipe.target.model_copy(update={"num_experts": wanted})
-        return recipe.model_copy(update={"target": target})
+        if wanted is not None and "num_experts" not in recipe.target.model_fields_set:
+            target = recipe.target.model_copy(update={"num_experts": wanted})
+            recipe = recipe.model_copy(update={"target": target})
+        return _as_split(recipe) if isinstance(recipe.experts, Split) else recipe
+
+    @property
+    def carves(self) -> bool:
+        """Whether a split's layers are made in memory, of weights or data, not just sliced."""
+        method = self.experts
+        if not isinstance(method, Split):
+            return False
+        fits = any(isinstance(edit, Fit) for edit in method.edits)
+        return method.needs != "nothing" or self.router.fitted or fits
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether a model must be run before or while experts and routers are made."""
+        return self.router.needs_input or self.carves
 
     def as_yaml(self) -> str:
         """Return the recipe with every default filled in."""
         data = self.model_dump(mode="json", by_alias=True)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+
+
+def _as_split(recipe: Recipe) -> Recipe:
+    """Fill in what a split's strategy does by default.
+
+    With every expert chosen nothing is left to fit, and neutral routers make the result exact.
+    """
+    method, target = recipe.experts, recipe.target
+    assert isinstance(method, Split)
+    whole = target.active is None and target.top_k == target.num_experts
+    router, data = dict[str, Any](), dict[str, Any]()
+    if recipe.router.init == "auto":
+        router["init"] = "zeros" if whole and method.needs != "nothing" else method.router
+    if "edits" not in method.model_fields_set and not whole:
+        method = method.model_copy(update={"edits": method.default_edits})
+    updated = recipe.model_copy(
+        update={"experts": method, "router": recipe.router.model_copy(update=router)}
+    )
+    if updated.router.fitted and "logit_std" not in recipe.router.model_fields_set:
+        router["logit_std"] = FLAT_STD
+    if updated.carves and recipe.data.train is None:
+        data["train"] = "self"
+    if updated.carves and "max_tokens" not in recipe.data.model_fields_set:
+        data["max_tokens"] = SPLIT_TOKENS
+    return updated.model_copy(
+        update={
+            "router": recipe.router.model_copy(update=router),
+            "data": recipe.data.model_copy(update=data),
+        }
+    )
 
 
 def parse_bytes(text: str) -> int:
@@ -263,7 +353,8 @@ def build_recipe(data: dict[str, Any], changes: Mapping[str, Any]) -> Recipe:
 def _explain(error: ValidationError) -> str:
     kinds = {"missing": 1, "extra_forbidden": -1}
     problem = min(error.errors(), key=lambda found: kinds.get(found["type"], 0))
-    tags = {method for method in METHODS if problem["loc"][:2] == ("experts", method)}
+    kinds_of_node = {*METHODS, *STRATEGIES}
+    tags = {kind for kind in kinds_of_node if problem["loc"][:2] == ("experts", kind)}
     tags |= {"str", "HubDataset"} if problem["loc"][:2] == ("data", "train") else set()
     place = ".".join(str(part) for part in problem["loc"] if part not in tags)
     if problem["type"] == "extra_forbidden":
@@ -271,8 +362,9 @@ def _explain(error: ValidationError) -> str:
         near = difflib.get_close_matches(plain, list(_known_keys()), n=1, cutoff=0.5)
         return f"The recipe has no field {place}." + (f" Did you mean {near[0]}?" if near else "")
     if problem["type"] == "union_tag_invalid":
-        wanted = problem["ctx"]["tag"]
-        return f"{place}.method: {wanted!r} is not one of {', '.join(METHODS)}."
+        wanted, split = problem["ctx"]["tag"], problem["input"].get("method") == "split"
+        key, known = ("strategy", STRATEGIES) if split else ("method", METHODS)
+        return f"{place}.{key}: {wanted!r} is not one of {', '.join(known)}."
     if problem["type"] == "missing":
         return f"The recipe needs {place}."
     return f"{place}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}."
@@ -282,7 +374,8 @@ def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[s
     for name, info in model.model_fields.items():
         key = prefix + (info.alias or name)
         yield key
-        nodes = METHODS.values() if name == "experts" else [info.annotation]
+        methods = [*METHODS.values(), *STRATEGIES.values()]
+        nodes = methods if name == "experts" else [info.annotation]
         for node in nodes:
             for part in (node, *get_args(node)):
                 if isinstance(part, type) and issubclass(part, BaseModel):

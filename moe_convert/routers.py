@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe_convert.clustering import kmeans
+from moe_convert.errors import UsageError
+from moe_convert.ffn import Grouping, Neurons
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +52,19 @@ class Router(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    init: Literal["auto", "zeros", "normal", "orthogonal", "centroid", "prompts"] = "auto"
+    init: Literal[
+        "auto",
+        "zeros",
+        "normal",
+        "orthogonal",
+        "centroid",
+        "prompts",
+        "distill",
+        "ridge",
+        "mean-gate",
+        "representative",
+        "grouped",
+    ] = "auto"
     logit_std: float = Field(0.5, gt=0, le=100, description="Wanted std of the router's logits.")
     weight_std: float | None = Field(
         None, gt=0, description="Std of the rows themselves, in place of logit_std."
@@ -64,12 +78,17 @@ class Router(BaseModel):
     seed: int = Field(0, ge=0)
 
     summaries: ClassVar[dict[str, str]] = {
-        "auto": "normal",
+        "auto": "normal; for a split what its strategy uses",
         "zeros": "all rows zero: ties choose the first experts until training moves them",
         "normal": "Gaussian rows",
         "orthogonal": "random rows at right angles to each other (at most hidden size experts)",
         "centroid": "centres of k-means clusters of the router's input on the data",
         "prompts": "mean of the router's input over each expert's prompts, less its negative ones",
+        "distill": "split: cross-entropy onto each expert's share of the output energy",
+        "ridge": "split: least squares onto the length of each expert's output",
+        "mean-gate": "split: mean of each expert's gate rows (arXiv 2602.15521)",
+        "representative": "strategy cmoe: its router's scores, projected onto a linear one",
+        "grouped": "strategy gradient: the clusters that its experts were made for",
     }
 
     @property
@@ -81,6 +100,21 @@ class Router(BaseModel):
     def learns(self) -> bool:
         """Whether the rows are made of hidden states, not drawn."""
         return self.kind in {"centroid", "prompts"}
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the rows are made for experts that are parts of one FFN."""
+        return self.kind in FITTED
+
+    def fit(
+        self, neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor, seed: int
+    ) -> torch.Tensor:
+        """Return unscaled rows for a carved FFN that receives `x_TD`, fp32 [E, D].
+
+        Raises:
+            UsageError: the groups do not say what this initialiser needs.
+        """
+        return FITTED[self.kind](neurons, grouping, x_TD, seed)
 
     @property
     def needs_input(self) -> bool:
@@ -128,6 +162,56 @@ class Router(BaseModel):
         else:
             std = float(rows_ED.square().sum(dim=1).mean().sqrt())
         return rows_ED * (self.logit_std / max(std, 1e-12))
+
+
+def _distilled(neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor, seed: int) -> torch.Tensor:
+    from moe_convert.grouping.fitted import distilled_rows, expert_energies
+    from moe_convert.grouping.parts import spaced
+
+    x_TD = spaced(x_TD)
+    return distilled_rows(expert_energies(neurons, grouping.routed_EN, x_TD), x_TD, seed)
+
+
+def _ridge(neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor, seed: int) -> torch.Tensor:
+    from moe_convert.grouping.fitted import expert_energies, ridge_rows
+
+    return ridge_rows(expert_energies(neurons, grouping.routed_EN, x_TD), x_TD)
+
+
+def _mean_gate(neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor, seed: int) -> torch.Tensor:
+    from moe_convert.grouping.routers import mean_gate_rows
+
+    return mean_gate_rows(neurons, grouping.routed_EN)
+
+
+def _representative(
+    neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor, seed: int
+) -> torch.Tensor:
+    from moe_convert.grouping.routers import representative_rows
+
+    if grouping.representative_E is None:
+        raise UsageError(
+            "Only the groups of strategy cmoe have representative neurons.", "Use --router distill."
+        )
+    return representative_rows(neurons, grouping.representative_E, x_TD)
+
+
+def _grouped(neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor, seed: int) -> torch.Tensor:
+    if grouping.router_ED is None:
+        raise UsageError(
+            "Only the groups of strategy gradient come with a router.", "Use --router distill."
+        )
+    return grouping.router_ED.to(x_TD)
+
+
+FITTED = {
+    "distill": _distilled,
+    "ridge": _ridge,
+    "mean-gate": _mean_gate,
+    "representative": _representative,
+    "grouped": _grouped,
+}
+"""Initialisers of routers whose experts are parts of one FFN."""
 
 
 def without(rows_RD: torch.Tensor, direction_D: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from moe_convert.ffn import Weight, torch_dtype
 from moe_convert.inputs import Inputs, num_rows
 from moe_convert.manifest import Routing, Warning_
 from moe_convert.plan import Plan
+from moe_convert.recipe import Recipe
 from moe_convert.routers import Routed, routed
 from moe_convert.streams import DenseStream
 
@@ -66,26 +67,34 @@ class RouterMaker:
         return self._stream.reach(layer)
 
     @property
-    def report(self) -> Routing | None:
-        """What the routers made so far do with the data; None if nothing was measured."""
-        if self._inputs is None or not self._found:
-            return None
-        found = list(self._found.values())
-        entropies = [one.entropy for one in found]
-        return Routing(
-            data=self._plan.recipe.data.name,
-            tokens=self._inputs.data_BT.numel(),
-            tokens_sha256=self._inputs.sha256,
-            layers=list(self._found),
-            logit_std=[one.logit_std for one in found],
-            condition=[one.condition for one in found],
-            closest=[one.closest for one in found],
-            load=[one.load_E.tolist() for one in found],
-            entropy_mean=sum(entropies) / len(entropies),
-            entropy_min=min(entropies),
-            max_over_mean=max(one.max_over_mean for one in found),
-            dead_experts=sum(one.num_dead for one in found),
-        )
+    def found(self) -> dict[int, Routed]:
+        """What the routers made so far do with the data, by layer."""
+        return self._found
+
+
+def routing_report(
+    recipe: Recipe, inputs: Inputs | None, measured: Mapping[int, Routed]
+) -> Routing | None:
+    """Return what the routers do with the data; None if nothing was measured."""
+    if inputs is None or not measured:
+        return None
+    layers = sorted(measured)
+    found = [measured[layer] for layer in layers]
+    entropies = [one.entropy for one in found]
+    return Routing(
+        data=recipe.data.name,
+        tokens=inputs.data_BT.numel(),
+        tokens_sha256=inputs.sha256,
+        layers=layers,
+        logit_std=[one.logit_std for one in found],
+        condition=[one.condition for one in found],
+        closest=[one.closest for one in found],
+        load=[one.load_E.tolist() for one in found],
+        entropy_mean=sum(entropies) / len(entropies),
+        entropy_min=min(entropies),
+        max_over_mean=max(one.max_over_mean for one in found),
+        dead_experts=sum(one.num_dead for one in found),
+    )
 
 
 def routing_notes(report: Routing | None) -> Iterator[Warning_]:

@@ -1,9 +1,11 @@
-"""Run a model layer by layer, one layer's weights in memory at a time.
+"""Run models layer by layer, one layer's weights in memory at a time.
 
 The call arguments of every layer (rotary embeddings, masks) are recorded once by running the model
-with its layers replaced by stubs; after that each layer is loaded, run and dropped in turn.
+with its layers replaced by stubs; after that each layer is loaded, run and dropped in turn. The
+dense stream runs the source's own layer class; the converted stream runs the target's, with the
+tensors that were just made.
 
-D hidden size · T tokens
+B rows · T tokens · D hidden size
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_convert.checkpoint.names import build, full_config, loaded_names
 from moe_convert.families import DenseFamily, layer_name
-from moe_convert.ffn import Weight
+from moe_convert.ffn import Weight, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +43,9 @@ Bibliothek ist am Sonntag geschlossen. Q: Which planet is closest to the sun? A:
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once; more rows take their turn."""
 
+FFN_TOKENS = 16_384
+"""Tokens that go through experts at once."""
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer, without the hidden states."""
 
@@ -48,46 +54,65 @@ class _Finished(Exception):
     """Raised by the last stub: nothing behind the layers needs to run."""
 
 
-class DenseStream:
-    """The dense model's hidden states, advanced one decoder layer at a time.
+class Stream:
+    """A model's hidden states, advanced one decoder layer at a time, fp32.
 
     The states of all tokens are kept, what a layer computes on the way only for some rows at once.
     """
 
     def __init__(
         self,
-        config: Mapping[str, Any],
-        family: DenseFamily,
+        model: PreTrainedModel,
+        layers: str,
         weights: Mapping[str, Weight],
         ids: torch.Tensor | Sequence[torch.Tensor],
+        token_tables: tuple[str, ...] = (),
+        device: str = "cpu",
     ) -> None:
-        """Embed the token ids and record how each layer is called; weights are read lazily.
+        """Embed the token ids and record how each layer is called.
 
-        `ids` are rows [B, T], or several such tensors of different lengths.
+        `weights` are read lazily, by the names of the loaded `model`, which takes no memory yet;
+        `layers` is where it has its decoder layers. `ids` are rows [B, T], or several such tensors
+        of different lengths.
         """
-        self._family, self._weights, self._next = family, weights, 0
-        self._received: torch.Tensor | None = None
-        self._model = _skeleton(config)
-        self._layers: list[Any] = list(self._model.get_submodule(family.layers))
+        self._model, self._weights, self._device = model, weights, device
+        self._at, self._tables = layers, token_tables
+        self._layers: list[Any] = list(model.get_submodule(layers))
         self._calls: list[list[Call]] = []
-        self._states: list[torch.Tensor] = self._begin(_batches(ids))
+        self.states: list[torch.Tensor] = self._begin(_batches(ids))
 
     def _begin(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         import torch
 
         used, compact_N = torch.cat([ids.flatten() for ids in batches]).unique(return_inverse=True)
         embedding = self._model.get_input_embeddings()
-        embedding.weight = self._rows("model.embed_tokens.weight", used)
+        named = self._model.named_parameters()
+        name = next(n for n, parameter in named if parameter is embedding.weight)
+        embedding.weight = self._rows(name, used)
         embedding.padding_idx = None
         self._load_around(embedding.weight, used)
         seen: list[torch.Tensor] = []
         stubs = [self._stub(layer, seen, n) for n, layer in enumerate(self._layers)]
-        self._model.set_submodule(self._family.layers, torch.nn.ModuleList(stubs))
+        self._model.set_submodule(self._at, torch.nn.ModuleList(stubs))
+        self._to_device()
         compact = compact_N.split([ids.numel() for ids in batches])
-        return [
-            self._record(part.view_as(ids), seen)
+        states = [
+            self._record(part.view_as(ids).to(self._device), seen)
             for part, ids in zip(compact, batches, strict=True)
         ]
+        self._model.set_submodule(self._at, torch.nn.ModuleList(self._layers))
+        return states
+
+    def _to_device(self) -> None:
+        """Move what has values; layers without weights keep theirs on the meta device."""
+        import torch
+
+        for module in self._model.modules():
+            for name, value in [*module._parameters.items(), *module._buffers.items()]:
+                if value is not None and not value.is_meta and value.device.type != self._device:
+                    moved = value.to(self._device)
+                    kept = torch.nn.Parameter(moved, False) if name in module._parameters else moved
+                    setattr(module, name, kept)
 
     def _record(self, ids_BT: torch.Tensor, seen: list[torch.Tensor]) -> torch.Tensor:
         """Return the embedded batch; keep its calls, equal tensors of all batches only once."""
@@ -104,9 +129,13 @@ class DenseStream:
         """Read the rows of some tokens from a table."""
         import torch
 
-        rows = [self._weights[name].rows(range(i, i + 1)) for i in used]
-        stored = [row.stored.read() if row.stored else row.load() for row in rows]  # type: ignore[attr-defined]
-        return torch.nn.Parameter(torch.cat(stored).float(), requires_grad=False)
+        table = self._weights[name]
+        if table.stored is None:
+            found = table.load().to(torch_dtype(table.dtype))[used]
+        else:
+            rows = [table.stored.rows(i, i + 1) for i in used.tolist()]
+            found = torch.cat([row.read() for row in rows])  # type: ignore[attr-defined]
+        return torch.nn.Parameter(found.float(), requires_grad=False)
 
     def _load_around(self, embedding: torch.Tensor, used: torch.Tensor) -> None:
         """Load what may run before the layers, such as learned positions, but no head."""
@@ -114,10 +143,10 @@ class DenseStream:
 
         head = self._model.get_output_embeddings()
         for name, parameter in list(self._model.named_parameters()):
-            outside = not name.startswith(f"{self._family.layers}.") and name in self._weights
+            outside = not name.startswith(f"{self._at}.") and name in self._weights
             if outside and parameter is not embedding and parameter is not head.weight:
                 module, _, leaf = name.rpartition(".")
-                if name in self._family.token_tables:
+                if name in self._tables:
                     value = self._rows(name, used)
                 else:
                     whole = self._weights[name].load().float()
@@ -142,6 +171,39 @@ class DenseStream:
 
         return Stub()
 
+    def _run(self, layer: int, batch: int) -> torch.Tensor:
+        """Return what a loaded layer makes of the states of one batch."""
+        import torch
+
+        args, kwargs = self._calls[batch][layer]
+        with torch.no_grad():
+            result = self._layers[layer](self.states[batch], *args, **kwargs)
+        states: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return states
+
+    @property
+    def states_TD(self) -> torch.Tensor:
+        """The states of all tokens, [T, D], in the order of the ids."""
+        return _flat(self.states)
+
+
+class DenseStream(Stream):
+    """The dense model's hidden states."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        family: DenseFamily,
+        weights: Mapping[str, Weight],
+        ids: torch.Tensor | Sequence[torch.Tensor],
+        device: str = "cpu",
+    ) -> None:
+        """Embed the token ids; `weights` are the source's."""
+        self._family, self._next = family, 0
+        self._received: torch.Tensor | None = None
+        model = skeleton(config)
+        super().__init__(model, family.layers, weights, ids, family.token_tables, device)
+
     def reach(self, layer: int) -> torch.Tensor:
         """Run the model up to and with this layer; return what its FFN received, fp32 [T, D].
 
@@ -155,11 +217,9 @@ class DenseStream:
         return self._received
 
     def _advance(self, layer: int) -> torch.Tensor:
-        import torch
-
         module, prefix = self._layers[layer], layer_name(layer, "")
         state = {
-            name.removeprefix(prefix): weight.load().float()
+            name.removeprefix(prefix): weight.load().float().to(self._device)
             for name, weight in self._weights.items()
             if name.startswith(prefix) and "rotary_emb" not in name
         }
@@ -167,14 +227,163 @@ class DenseStream:
         received: list[torch.Tensor] = []
         ffn = module.get_submodule(self._family.ffn_module)
         hook = ffn.register_forward_pre_hook(lambda _, args: received.append(args[0]))
-        with torch.no_grad():
-            for batch, states in enumerate(self._states):
-                args, kwargs = self._calls[batch][layer]
-                result = module(states, *args, **kwargs)
-                self._states[batch] = result[0] if isinstance(result, tuple) else result
+        for batch in range(len(self.states)):
+            self.states[batch] = self._run(layer, batch)
         hook.remove()
         module.to("meta")
-        return torch.cat([x.flatten(0, -2) for x in received])
+        return _flat(received)
+
+
+class ConvertedStream(Stream):
+    """The converted model's hidden states, run with the tensors that were made so far.
+
+    `enter` runs a layer without its FFN and says what that will receive; once the experts are made
+    `leave` adds what they give. Where the layer adds the FFN's output, times a constant, to its
+    stream, `gain` is that constant, and nothing is computed twice.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        around: Mapping[str, Weight],
+        ids: torch.Tensor | Sequence[torch.Tensor],
+        device: str = "cpu",
+    ) -> None:
+        """Embed the token ids; `around` are the tensors outside the layers, as they are stored."""
+        model = skeleton(config)
+        names = loaded_names(model.config, around)
+        weights = {loaded: around[stored] for stored, loaded in names.items()}
+        super().__init__(model, _layers_of(model), weights, ids, (), device)
+        self._left: list[torch.Tensor] = []
+        self._received: list[torch.Tensor] = []
+        self.gain: float | None = None
+
+    def enter(self, layer: int, tensors: Mapping[str, Weight]) -> torch.Tensor:
+        """Run a layer without its FFN; return what this receives, fp32 [T, D].
+
+        `tensors` are the layer's others, as they are stored.
+        """
+        self._load(tensors)
+        module = self._layers[layer]
+        names = {n.split(".")[0] for n, p in module.named_parameters() if p.is_meta}
+        replaced = {name: module.get_submodule(name) for name in sorted(names)}
+        probes = _probes(list(replaced))
+        first = next(iter(probes.values()))
+        for name, probe in probes.items():
+            module.set_submodule(name, probe)
+        self._left = [self._run(layer, batch) for batch in range(len(self.states))]
+        self._received = list(first.seen)
+        self.gain = self._gain(layer, first)
+        for name, old in replaced.items():
+            module.set_submodule(name, old)
+        self._ffns = list(replaced)
+        return _flat(self._received)
+
+    def _gain(self, layer: int, probe: Any) -> float | None:
+        """Return what the layer multiplies its FFN's output by; None if it does more than that."""
+        left_BTD = self._left[0]
+        probe.gives = left_BTD.roll(1, dims=-1).flip(dims=(1,))
+        moved_BTD = self._run(layer, 0) - left_BTD
+        gain = float((moved_BTD * probe.gives).sum() / probe.gives.square().sum())
+        wrong = (moved_BTD - gain * probe.gives).norm() / probe.gives.norm()
+        probe.gives = None
+        return gain if float(wrong) < 1e-3 * abs(gain) else None
+
+    @property
+    def left_TD(self) -> torch.Tensor:
+        """The stream after the layer as if its FFN gave nothing, fp32 [T, D]."""
+        return _flat(self._left)
+
+    def ffns(self, layer: int, tensors: Mapping[str, Weight]) -> dict[str, torch.nn.Module]:
+        """Load the FFN of the layer that was entered; return its modules by name in the model."""
+        self._load(tensors)
+        prefix = f"{self._at}.{layer}"
+        return {f"{prefix}.{n}": self._layers[layer].get_submodule(n) for n in self._ffns}
+
+    def leave(self, layer: int, tensors: Mapping[str, Weight]) -> None:
+        """Run on with the whole layer, whose `tensors` are as they are stored."""
+        import torch
+
+        self._load(tensors)
+        module = self._layers[layer]
+        if self._left and self.gain is not None:
+            ffns = [module.get_submodule(name) for name in self._ffns]
+            x_TD = _flat(self._received)
+            with torch.no_grad():
+                given = [
+                    sum(_first(ffn(part_TD.unsqueeze(0))) for ffn in ffns).squeeze(0)
+                    for part_TD in x_TD.split(FFN_TOKENS)
+                ]
+            parts = torch.cat(given).split([left.shape[0] * left.shape[1] for left in self._left])
+            self.states = [
+                left.add_(part_TD.view_as(left), alpha=self.gain)
+                for left, part_TD in zip(self._left, parts, strict=True)
+            ]
+        else:
+            for batch in range(len(self.states)):
+                self.states[batch] = self._run(layer, batch)
+        self._left, self._received = [], []
+        module.to("meta")
+
+    def _load(self, tensors: Mapping[str, Weight]) -> None:
+        """Load tensors of the files into the model as `from_pretrained` would, rounded, in fp32."""
+        import torch
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        state = {
+            name: weight.load().to(torch_dtype(weight.dtype)).float()
+            for name, weight in tensors.items()
+        }
+        config = LoadStateDictConfig(
+            weight_mapping=get_model_conversion_mapping(self._model),
+            device_map={"": self._device},
+            dtype=torch.float32,
+        )
+        convert_and_load_state_dict_in_model(self._model, state, config)
+
+
+def _probes(names: list[str]) -> dict[str, Any]:
+    """Return modules in place of a layer's FFN: the first keeps what it gets, all give nothing."""
+    import torch
+
+    class Probe(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[torch.Tensor] = []
+            self.gives: torch.Tensor | None = None
+
+        def forward(self, x_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self.seen.append(x_BTD)
+            return torch.zeros_like(x_BTD) if self.gives is None else self.gives
+
+    return {name: Probe() for name in names}
+
+
+def _first(result: Any) -> torch.Tensor:
+    """Return the states of a module that may give router logits beside them."""
+    states: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return states
+
+
+def _flat(batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.cat([states.flatten(0, -2) for states in batches])
+
+
+def _layers_of(model: PreTrainedModel) -> str:
+    """Return where a model has its decoder layers."""
+    import torch
+
+    number = model.config.get_text_config().num_hidden_layers
+    names = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number
+    )
+    return str(next(names))
 
 
 def _batches(ids: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -217,13 +426,12 @@ def sample_ids(folder: Path | None, vocab_size: int, trust: bool = False) -> tor
     return ids_BT[:, :512].clamp(max=vocab_size - 1)
 
 
-def _skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
+def skeleton(config: Mapping[str, Any]) -> PreTrainedModel:
     """Return the model in fp32 with no parameter memory and its buffers computed."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    full = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    full = full_config(config)
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(full, dtype=torch.float32)
+        model = build(full, dtype=torch.float32)
     return model.eval().requires_grad_(False)

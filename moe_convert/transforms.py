@@ -5,6 +5,7 @@ D hidden size · H attention heads · C head size · R rotary part of the head s
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from moe_convert.ffn import Weight
@@ -84,3 +85,23 @@ def transposed(weight: Weight) -> Weight:
     """Swap rows and columns, for experts whose down projection is stored as its input sees it."""
     shape = (weight.shape[1], weight.shape[0])
     return weight.map(lambda tensor: tensor.T.contiguous(), shape, rounds=False)
+
+
+def root_scaled(weight: Weight) -> Weight:
+    """Multiply a scale per channel [D] by √D, where the target divides by that again.
+
+    For routers: rounding moves tokens between experts and not the function, so it may happen.
+    """
+    root = math.sqrt(weight.shape[0])
+    return weight.map(lambda tensor: tensor * root, rounds=False)
+
+
+def transparent_norm(norm_eps: float, factor: float) -> float:
+    """Return the weight of an RMSNorm that the next RMSNorm undoes, where `factor` comes before it.
+
+    Dense computes N(x) = x / sqrt(m + eps) with m the mean of x², and here a norm comes before:
+    N(c N(s x)) = x / sqrt(m (1 + eps / c²) + (eps / c s)²). With c s = sqrt(eps) that is N(x) but
+    for m eps / c², which fp32 does not see for c of 4 or more. A factor s = c = 1 would lose eps:
+    an error of eps / 2m, large where x is small.
+    """
+    return math.sqrt(norm_eps) / factor

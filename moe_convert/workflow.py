@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_convert.card import refresh_card, write_card
 from moe_convert.checkpoint import Source, open_source, sha256_of
 from moe_convert.convert import Progress, convert, silent
 from moe_convert.errors import MoeConvertError, VerificationError
@@ -14,7 +15,7 @@ from moe_convert.verify import verify
 
 
 def upcycle(plan: Plan, *, force: bool = False, progress: Progress = silent) -> Manifest:
-    """Convert and verify; return the manifest, whose state tells how the check went.
+    """Convert, verify, write the card; return the manifest, whose state tells how the check went.
 
     Raises:
         DoesNotFitError: disk or memory is too small and `force` is off.
@@ -29,9 +30,12 @@ def upcycle(plan: Plan, *, force: bool = False, progress: Progress = silent) -> 
             parity=plan.exact,
             tolerance=plan.recipe.verify.tolerance,
             prompts=tuple(plan.recipe.verify.prompts),
+            wide=manifest.target.float32,
             progress=progress,
         )
         _record(manifest, plan.output, manifest.verify)
+    if plan.recipe.output.card:
+        write_card(plan.output, manifest, name=plan.recipe.push.repo_id)
     return manifest
 
 
@@ -53,6 +57,7 @@ def verify_folder(
         parity=expected,
         tolerance=recipe.verify.tolerance if recipe else 1e-4,
         prompts=tuple(recipe.verify.prompts) if recipe else (),
+        wide=manifest.target.float32 if manifest else (),
         progress=progress,
     )
     report.parity_expected = expected
@@ -85,9 +90,12 @@ def _open_dense(recipe: Recipe | None, model: str | None, token: str | None) -> 
 
 
 def _record(manifest: Manifest, folder: Path, report: VerifyReport) -> None:
+    report.calibrated = manifest.calibration is not None
     manifest.verify = report
-    manifest.state = "verified" if report.passed else "failed"
+    compared = bool(report.parity) or manifest.state == "verified"
+    manifest.state = ("verified" if compared else "converted") if report.passed else "failed"
     manifest.save(folder)
+    refresh_card(folder, manifest)
 
 
 def require_passed(report: VerifyReport | None, folder: Path) -> None:

@@ -92,6 +92,18 @@ class WrappedTarget(MoeTarget):
             "tie_word_embeddings": text["tie_word_embeddings"],
         }
 
+    @property
+    def text_model_type(self) -> str:
+        """The model type of the decoder alone."""
+        return self.text_type
+
+    def alone(self, name: str) -> str:
+        """Return the name without the prefix that stands for the decoder."""
+        for ours in ("model.", "lm_head."):
+            if name.startswith(self.on_disk[ours]):
+                return ours + name.removeprefix(self.on_disk[ours])
+        return name
+
     def keeps_dtype(self, name: str) -> bool:
         """Everything outside the text decoder keeps its dtype."""
         inside = name.startswith(tuple(self.on_disk[ours] for ours in ("model.", "lm_head.")))
@@ -295,6 +307,17 @@ def flexible_image(config: Any) -> Inputs:
     )
 
 
+def sized_image(config: Any) -> Inputs:
+    """One image of 4 x 2 merged patches, as Pixtral's tower takes it."""
+    import torch
+
+    vision = config.vision_config
+    side = vision.patch_size * config.spatial_merge_size
+    size = (4 * side, 2 * side)
+    pixels = _random(1, vision.num_channels, *size)
+    return _prompt(config, 8, pixel_values=pixels, image_sizes=torch.tensor([size]))
+
+
 FUSED = stacked("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 WRAPPERS = (
@@ -335,6 +358,15 @@ WRAPPERS = (
         names=NESTED,
         image=tiled_image,
         examples="InternVL3 and InternVL3.5",
+    ),
+    Wrapper(
+        "mistral3",
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        texts={"mistral": Text("mistral", "mixtral"), "ministral3": Text("ministral3", "mixtral")},
+        names=NESTED,
+        image=sized_image,
+        examples="Mistral Small 3.1 and 3.2, Ministral 3 up to its original context length",
     ),
     Wrapper(
         "lfm2_vl",

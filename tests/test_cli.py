@@ -216,5 +216,5 @@ def test_the_written_recipe_gives_the_same_bytes(dense: Dense, tmp_path: Path) -
     assert invoke("upcycle", dense(), "-o", one, "--no-verify", *options).exit_code == 0
     assert invoke("upcycle", dense(), "-r", one / "recipe.yaml", "-o", two).exit_code == 0
     for name, sha in digest(one).items():
-        if name != "moe_convert.json":
+        if name not in {"moe_convert.json", "README.md"}:
             assert digest(two)[name] == sha, name

@@ -72,6 +72,14 @@ RESULT_SCHEMA: dict[str, Any] = {
                 "top1_agreement": NUMBER,
             },
         },
+        "hub": {
+            "type": ["object", "null"],
+            "required": ["repo_id", "url", "commit", "pr_url", "private", "uploaded_bytes"],
+            "properties": {
+                "repo_id": STRING, "url": STRING, "commit": STRING, "pr_url": MAYBE_STRING,
+                "private": BOOLEAN, "uploaded_bytes": INTEGER,
+            },
+        },
         "artifacts": {"type": "object", "additionalProperties": STRING},
         "warnings": {"type": "array", "items": WARNING},
         "error": {

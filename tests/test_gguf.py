@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from moe_convert.checkpoint.gguf import TAKEN_FROM_DEFAULTS
 from moe_convert.errors import SourceError
 from moe_convert.families import FAMILIES
 from moe_convert.families.custom import CUSTOM_FAMILIES
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 FP32_TOLERANCE = 1e-4
 BLOCKS = ("F16", "Q8_0", "Q4_0", "Q5_1")
-GGUF_ONLY_BIG = {"gemma4"}
-"""Its GGUF says too little: tiny ones load with the sizes of the full model."""
 NO_DENSE_ROW = {
     "falcon", "bloom", "t5", "umt5", "mamba", "deci", "mistral",
     "qwen2_moe", "qwen3_moe", "gpt_oss", "minimax_m2", "qwen35moe",
@@ -88,7 +87,7 @@ def test_every_architecture_that_transformers_reads_is_tried() -> None:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     known = {*GGUF_SUPPORTED_ARCHITECTURES, *GGUF_CONFIG_ARCHS} - {"general", "tokenizer"}
-    assert known == set(FILES) | GGUF_ONLY_BIG | NO_DENSE_ROW
+    assert known == set(FILES) | set(TAKEN_FROM_DEFAULTS) | NO_DENSE_ROW
     for tiny in FILES.values():
         assert tiny.model_type in {*FAMILIES, *CUSTOM_FAMILIES}
 
@@ -105,6 +104,24 @@ def test_the_result_computes_what_the_file_was_made_from(
     made = loaded_logits(tmp_path / "out", trust_remote_code=bool(target_of(arch)))
     assert difference(made, gguf_logits(path)) <= FP32_TOLERANCE
     assert difference(made, logits(dense)) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("arch", list(TAKEN_FROM_DEFAULTS))
+def test_what_would_be_filled_in_is_refused(tmp_path: Path, arch: str) -> None:
+    import gguf
+
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(6)
+    writer.add_embedding_length(64)
+    writer.add_key_value(f"{arch}.attention.key_length_swa", 32, gguf.GGUFValueType.UINT32)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 64), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(SourceError, match=f"Of a {arch} GGUF transformers does not read"):
+        planned(path)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

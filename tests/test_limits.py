@@ -33,6 +33,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("arcee", {"mlp_bias": True}, "mlp_bias=True"),
     ("arcee", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     ("internlm3", {"attention_bias": True, "mlp_bias": True}, "mlp_bias=True"),
+    ("iquestcoder", {"mlp_bias": True}, "mlp_bias=True"),
     ("olmo", {"attention_bias": True}, "qkv_bias=True"),
     ("olmo3", {"sliding_window": 64}, "exact only up to 64 tokens"),
     ("olmo3", {"layer_types": LAYERS, "rope_parameters": YARN_AND_PLAIN}, "local_rope="),

@@ -93,7 +93,9 @@ def test_total_and_active_parameters_by_hand(dense: Dense) -> None:
 
 
 def test_parameters_with_dense_layers(dense: Dense) -> None:
-    plan = planned(dense(), target__architecture="qwen2_moe", target__layers="1")
+    plan = planned(
+        dense(), target__architecture="qwen2_moe", target__layers="1", output__compat=False
+    )
     gate = D
     assert plan.params_total == AROUND + L * LAYER + 2 * FFN + E * D + E * FFN + gate
     assert plan.params_active == AROUND + L * LAYER + 2 * FFN + E * D + K * FFN + gate
@@ -123,6 +125,23 @@ def test_the_estimate(dense: Dense, tmp_path: Path) -> None:
     disk = shutil.disk_usage(tmp_path)
     assert abs(estimate.free_disk_bytes - disk.free) < 0.2 * disk.total
     check_fits(planned(dense()), force=False)
+
+
+def test_the_estimate_counts_start_up_data_and_the_check(dense: Dense, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 20_000, encoding="utf-8")
+    weights_only = {"router__measure": False, "verify__enabled": False}
+    copied = planned(dense(), **weights_only).estimate.time_s
+    checked = planned(dense(), router__measure=False).estimate.time_s
+    assert copied == (1.0, 3.0)
+    assert (checked[0], checked[1]) >= (4.0, 12.0)
+    few, many = (
+        planned(dense(), data__train=str(text), data__max_tokens=tokens).estimate.time_s
+        for tokens in (1_000, 1_001_000)
+    )
+    params = planned(dense()).params_dense
+    assert many[1] - few[1] == pytest.approx(2 * params * 1_000_000 / 2e10, abs=0.2)
+    assert many[1] - few[1] > 1
 
 
 def test_what_does_not_fit_is_announced_and_refused(tmp_path: Path) -> None:

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from moe_convert.experts import METHODS
+from moe_convert.data import HubDataset
+from moe_convert.experts import METHODS, Compose
 from moe_convert.families import FAMILIES
+from moe_convert.plan import make_plan
 from moe_convert.recipe import SCHEMA, Recipe, build_recipe, gallery, load_recipe
 from moe_convert.targets import TARGETS
+from tests.conftest import Dense
 from tests.test_cli import invoke
+
+README = Path(__file__).parent.parent / "README.md"
+FAMILIES_OF = {
+    "qwen3-to-qwen3-moe": "qwen3",
+    "split-fine-grained": "qwen3",
+    "calibrate-multi-gpu": "qwen3",
+    "qwen35-a3b-style": "qwen3_5_text",
+}
+"""The model type of each recipe's source, where it is no Llama."""
+
+EXACT = {
+    "quickstart", "llama-to-mixtral", "qwen3-to-qwen3-moe", "fine-grained", "qwen35-a3b-style",
+    "shared-residual", "compose",
+}  # fmt: skip
+"""Recipes that compute the dense function; compose does with equal sources, as here."""
 
 
 @pytest.mark.parametrize("name", list(gallery()))
@@ -23,6 +42,41 @@ def test_every_gallery_recipe_is_valid_and_shown_as_written(name: str) -> None:
     assert invoke("recipes", "validate", name).exit_code == 0
     assert invoke("recipes", "show", name, "-q").stdout.rstrip() == text.rstrip()
     assert invoke("recipes", "show", name).stdout.rstrip() == text.rstrip()
+
+
+@pytest.mark.parametrize("name", list(gallery()))
+def test_every_gallery_recipe_can_be_planned(dense: Dense, name: str) -> None:
+    source = str(dense(FAMILIES_OF.get(name, "llama"), "plain", intermediate_size=1536))
+    changes: dict[str, Any] = {"source.model": source}
+    written = load_recipe(name)
+    if isinstance(written.experts, Compose):
+        models = [one.model_dump() for one in written.experts.sources]
+        changes["experts.sources"] = [{**one, "model": source} for one in models]
+    if isinstance(written.data.train, HubDataset):
+        changes["data.train"] = "self"
+    plan = make_plan(load_recipe(name, changes))
+    target, fires = written.target, written.target.active
+    assert target.architecture in {"auto", plan.target.model_type}
+    if fires is not None:
+        used = plan.shape.top_k * plan.shape.expert_size + plan.shape.shared_size
+        assert used == fires * plan.shape.dense_size
+    else:
+        assert (plan.shape.num_experts, plan.shape.top_k) == (target.num_experts, target.top_k)
+        assert plan.shape.num_shared >= target.shared_experts
+    assert plan.exact == (name in EXACT)
+
+
+@pytest.mark.parametrize("name", list(gallery()))
+def test_every_gallery_recipe_says_what_it_takes(name: str) -> None:
+    text = gallery()[name].read_text(encoding="utf-8")
+    about = text.partition("schema:")[0].splitlines()
+    assert all(line.startswith("#") for line in about)
+    for word in ("# Paper  ", "# Needs  ", "# Gives  "):
+        assert sum(line.startswith(word) for line in about) == 1, word
+    assert "GB of disk" in " ".join(line.strip("# ") for line in about)
+    assert "GPU" in text
+    assert load_recipe(name).name == name
+    assert f"`{name}`" in README.read_text(encoding="utf-8")
 
 
 def test_the_gallery_lists_the_quickstart() -> None:

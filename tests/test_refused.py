@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,14 +17,16 @@ from moe_convert.errors import UnsupportedError
 from moe_convert.families import FAMILIES, find_family
 from moe_convert.families.body import Body
 from moe_convert.families.custom import CUSTOM_FAMILIES
-from moe_convert.families.refused import REFUSED
+from moe_convert.families.refused import ALONE, GROUPS, REFUSED, TARGET_TYPES
 from moe_convert.ffn import Weight
+from moe_convert.targets import TARGETS
 from moe_convert.targets.gemma import scaled_queries, with_open_gate
 from moe_convert.targets.granite import with_sinks
+from moe_convert.workflow import upcycle
 from moe_convert.wrappers import WRAPPERS
 from tests.conftest import Dense
 from tests.tiny import BASE
-from tests.tools import planned
+from tests.tools import planned, tensors
 
 
 def shown(*arguments: str) -> str:
@@ -50,10 +53,61 @@ def test_the_tables_do_not_overlap_and_are_listed() -> None:
     assert "refused: " in shown("ls", "--format", "human")
 
 
+def test_every_causal_model_of_transformers_has_a_row_or_a_reason() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    wrapped = {row.model_type for row in WRAPPERS}
+    known = {*FAMILIES, *CUSTOM_FAMILIES, *wrapped, *REFUSED, *TARGET_TYPES}
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - known == set()
+
+
+def test_no_reason_is_stale() -> None:
+    from transformers import CONFIG_MAPPING
+
+    assert [name for name in REFUSED if name not in CONFIG_MAPPING] == []
+    assert set(TARGET_TYPES) == set(TARGETS) - set(FAMILIES)
+    names = [name for _, group in GROUPS for name in group.split()]
+    assert len({*names, *ALONE}) == len(names) + len(ALONE) == len(REFUSED)
+
+
+@pytest.mark.parametrize("model_type", sorted(TARGET_TYPES))
+def test_a_target_is_no_source(model_type: str) -> None:
+    with pytest.raises(UnsupportedError, match="it is a mixture of experts already"):
+        find_family({"model_type": model_type})
+
+
+@pytest.mark.parametrize("model_type", GROUPS[0][1].split())
+def test_a_mixture_has_experts(model_type: str) -> None:
+    """What is refused as a mixture says so itself: its config counts experts."""
+    from transformers import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type]().get_text_config()
+    counts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    assert max(getattr(config, name, None) or 0 for name in counts) > 1
+
+
 def test_a_trap_is_shown_with_its_condition() -> None:
     text = shown("show", "qwen2_moe", "--json")
-    assert "which are not written (if the body has none)" in text
+    assert "which are not written (if the body has none, and output.compat" in " ".join(
+        text.split()
+    )
     assert "heads (if the head size differs from that)" in text
+
+
+@pytest.mark.parametrize("compat", [True, False])
+def test_biases_that_an_engine_expects_are_written_as_zeros(
+    dense: Dense, tmp_path: Path, compat: bool
+) -> None:
+    changes: dict[str, Any] = {"target__architecture": "qwen2_moe", "output__compat": compat}
+    plan = planned(dense(), tmp_path / "out", **changes)
+    assert any("expects biases" in trap for trap in plan.engines["vLLM"]) != compat
+    assert upcycle(plan).state == "verified"
+    written = tensors(tmp_path / "out")
+    biases = {name: data for name, data in written.items() if name.endswith("_proj.bias")}
+    assert len(biases) == (3 * 3 if compat else 0)
+    assert not any(any(data) for data in biases.values())
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["qkv_bias"] is compat
 
 
 def llama(**values: Any) -> dict[str, Any]:

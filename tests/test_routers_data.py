@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_convert import clustering, streams
+from moe_convert import streams
 from moe_convert.checkpoint import open_source, read_folder
-from moe_convert.clustering import kmeans
+from moe_convert.clustering import kmeans, lloyd
 from moe_convert.convert import convert
 from moe_convert.data import Data, Prompt, token_ids
 from moe_convert.errors import UsageError
@@ -110,7 +110,7 @@ def test_kmeans_is_seeded_and_survives_equal_points() -> None:
 def test_an_empty_cluster_moves_to_the_farthest_point() -> None:
     x_TD = torch.tensor([[0.0], [2.0], [9.0]])
     distance_T, labels_T = torch.tensor([0.0, 2.0, 81.0]), torch.zeros(3, dtype=torch.int64)
-    means_KD = clustering._means(x_TD, labels_T, distance_T, 2)
+    means_KD = lloyd._means(x_TD, labels_T, distance_T, 2)
     assert means_KD.flatten().tolist() == pytest.approx([11 / 3, 9.0])
 
 

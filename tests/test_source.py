@@ -220,7 +220,7 @@ def test_a_cached_hub_model_converts_offline(hub_cache: Path, tmp_path: Path, mo
     assert (manifest.source.id, manifest.source.sha) == ("org/tiny", SHA)
     assert manifest.source.revision == (model.partition("@")[2] or "main")
     assert manifest.source.license == "mit"
-    assert manifest.recipe["source"] == {"model": "org/tiny", "revision": SHA}
+    assert manifest.recipe["source"] == {"model": "org/tiny", "revision": SHA, "download": True}
     assert difference(logits(tmp_path / "out"), logits(hub_cache)) <= 1e-4
 
 

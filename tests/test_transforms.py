@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from moe_convert.ffn import Weight
 from moe_convert.transforms import (
     half_split,
     plus_one,
+    root_scaled,
     split_rows,
     spread_rotary,
     spread_wavelengths,
+    transparent_norm,
     transposed,
 )
 
@@ -105,3 +108,26 @@ def test_spread_wavelengths_are_the_partial_rotation_s_bit_by_bit() -> None:
     partial = 1.0 / (10000.0 ** (torch.arange(0, 20, 2, dtype=torch.float) / 20))
     assert torch.equal((1.0 / divisors)[:10], partial)
     assert torch.equal((4e6 / divisors[10:]).cos(), torch.ones(30))
+
+
+def test_root_scaled_multiplies_by_the_root_of_the_width() -> None:
+    scaled = root_scaled(Weight.of(torch.tensor([1.0, -0.5, 3.0, 0.25]), "F32"))
+    assert scaled.load().tolist() == [2.0, -1.0, 6.0, 0.5]
+    assert not scaled.rounds
+
+
+def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.square().mean() + eps).sqrt()
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0, 1e3])
+def test_a_transparent_norm_is_undone_by_the_next(size: float) -> None:
+    """Also for values so small that epsilon counts, where a norm of weight one is not undone."""
+    eps, factor = 1e-6, 2.0**-12
+    weight = transparent_norm(eps, factor)
+    assert weight == pytest.approx(4.096)
+    x = torch.tensor([3.0, -1.0, 2.0, 0.5], dtype=torch.float64) * size
+    after = rms(rms(x * factor, eps) * weight, eps)
+    assert torch.allclose(after, rms(x, eps), rtol=1e-6)
+    if size < 1e-2:
+        assert not torch.allclose(rms(rms(x, eps), eps), rms(x, eps), rtol=1e-2)

@@ -237,8 +237,9 @@ def test_a_copy_from_a_file_that_ends_is_an_error(tmp_path: Path) -> None:
         file.truncate(ref.offset + 10)
     (tmp_path / "out").mkdir()
     writer = CheckpointWriter(tmp_path / "out", shard(SPECS, 10**9))
+    writer.write("a", ref.weight())
     with pytest.raises(SourceError, match="ends inside tensor a"):
-        writer.write("a", ref.weight())
+        writer.finish()
     writer.close()
 
 

@@ -12,9 +12,10 @@ import pytest
 from moe_convert.checkpoint import open_source
 from moe_convert.manifest import VerifyReport, load_manifest
 from moe_convert.verify import verify
+from moe_convert.workflow import upcycle, verify_folder
 from tests.conftest import Dense
 from tests.test_cli import invoke
-from tests.tools import converted, edit_json, edit_tensors
+from tests.tools import converted, edit_json, edit_tensors, planned
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.0"
 GATE, UP, DOWN = (f"{EXPERT}.{part}.weight" for part in ("w1", "w3", "w2"))
@@ -135,6 +136,31 @@ def test_wrong_files_are_found_before_anything_runs(
     with pytest.raises(AssertionError, match=sentence):
         raise AssertionError("; ".join(report.failures))
     assert report.parity == []
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+def test_only_what_the_source_holds_in_float32_may_be_so(dense: Dense, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(dense(dtype="bfloat16"), tmp_path / "dense-model"))
+    edit_tensors(source, lambda d: d.update({NORM: d[NORM].float()}))
+    manifest = upcycle(planned(source, tmp_path / "out"))
+    assert manifest.state == "verified"
+    assert manifest.target.float32 == [NORM]
+    assert verify(tmp_path / "out", None, wide=[NORM]).passed
+    assert verify(tmp_path / "out", None).failures == [
+        f"{NORM} is F32, and config.json says BF16"
+    ]
+    edit_tensors(tmp_path / "out", lambda d: d.update({UP: d[UP].float()}))
+    report, _ = verify_folder(tmp_path / "out", str(source))
+    assert report.failures == [f"{UP} is F32, and config.json says BF16"]
+
+
+def test_a_selection_bias_may_be_float32(dense: Dense, tmp_path: Path) -> None:
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    converted(dense(dtype="bfloat16"), tmp_path / "out", target__architecture="glm4_moe")
+    edit_tensors(tmp_path / "out", lambda d: d.update({bias: d[bias].float()}))
+    assert verify(tmp_path / "out", None).passed
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])

@@ -114,6 +114,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": {**VISION, "image_size": [16, 16], "patch_size": [4, 4]},
         },
     ),
+    "mistral3-mistral": (
+        "mistral3",
+        {
+            "image_token_index": IMAGE,
+            "spatial_merge_size": 2,
+            "text_config": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+            "vision_config": {**VISION, "model_type": "pixtral", "image_size": 32, "patch_size": 4},
+        },
+    ),
+    "mistral3-ministral3": (
+        "mistral3",
+        {
+            "image_token_index": IMAGE,
+            "spatial_merge_size": 2,
+            "text_config": {
+                "model_type": "ministral3",
+                "head_dim": 16,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 10000.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 1024,
+                    "llama_4_scaling_beta": 0.1,
+                },
+            },
+            "vision_config": {**VISION, "model_type": "pixtral", "image_size": 32, "patch_size": 4},
+        },
+    ),
     "lfm2_vl": (
         "lfm2_vl",
         {

@@ -269,7 +269,8 @@ def dense_of(arch: str, folder: Path, **changes: Any) -> Path:
 def write_gguf(arch: str, dense: Path, path: Path, *, kind: str = "F32", **metadata: Any) -> Path:
     """Write a checkpoint as a GGUF whose matrices are stored as `kind`; return its path.
 
-    `metadata` adds keys below the architecture, dots written as two underscores, and tensors.
+    `metadata` adds keys below the architecture, dots written as two underscores, tensors, and a
+    license.
     """
     import gguf
     from transformers import AutoModelForCausalLM
@@ -279,7 +280,9 @@ def write_gguf(arch: str, dense: Path, path: Path, *, kind: str = "F32", **metad
     config = model.config
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, arch)
-    extra = metadata.pop("tensors", {})
+    extra, license_id = metadata.pop("tensors", {}), metadata.pop("license", None)
+    if license_id:
+        writer.add_license(license_id)
     keys = {**_table(arch, config), **tiny.metadata(config)}
     keys |= {key.replace("__", "."): value for key, value in metadata.items()}
     for key, value in keys.items():

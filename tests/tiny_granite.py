@@ -140,6 +140,10 @@ BRANCHED: dict[str, dict[str, tuple[dict[str, Any], tuple[str, ...]]]] = {
             (),
         ),
     },
+    "iquestcoder": {
+        "plain": ({"head_dim": 16}, ()),
+        "tied_yarn": ({**TIED, "head_dim": 32, "rope_parameters": YARN}, ()),
+    },
     "olmo": {
         "plain": ({}, ()),
         "clipped": ({"clip_qkv": 0.4}, ()),

@@ -9,10 +9,10 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_convert.checkpoint.hashing import sha256_of
 from moe_convert.checkpoint.names import blueprint, stored_shapes
 from moe_convert.checkpoint.safetensors import TensorRef
 from moe_convert.checkpoint.source import Source, open_folder
-from moe_convert.checkpoint.writer import sha256_of
 from moe_convert.errors import MissingDependencyError, SourceError
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 UNREADABLE = (ValueError, KeyError, IndexError, RuntimeError, struct.error)
 """What the readers of a broken or unknown file raise."""
+
+
+TAKEN_FROM_DEFAULTS = {
+    "gemma4": "the head size of windowed layers, which layers those are, which of them share keys, "
+    "and the inputs of every layer",
+}
+"""What transformers' loader does not read of an architecture's metadata, but fills in."""
 
 
 def cache_dir() -> Path:
@@ -38,7 +45,8 @@ def open_gguf(path: Path) -> Source:
         SourceError: transformers cannot read this file or its architecture.
     """
     config = _config(path)
-    _refuse_unread(path, config)
+    reader = _reader(path)
+    _refuse_unread(reader, path, config)
     shapes = stored_shapes(config)
     tensors = {n: TensorRef(path, n, "F32", shape, 0) for n, shape in shapes.items()}
     unpacked_bytes = sum(ref.num_bytes for ref in tensors.values())
@@ -49,7 +57,17 @@ def open_gguf(path: Path) -> Source:
         lambda: _unpack(path),
         sha=sha256_of(path),
         unpack_bytes=unpacked_bytes,
+        license=_value(reader, "general.license"),
     )
+
+
+def _reader(path: Path) -> GGUFReader:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except (OSError, *UNREADABLE) as error:
+        raise SourceError(f"{path.name} cannot be read as a GGUF model: {_line(error)}.") from error
 
 
 def _config(path: Path) -> PreTrainedConfig:
@@ -67,7 +85,7 @@ def _config(path: Path) -> PreTrainedConfig:
         raise SourceError(f"{path.name} cannot be read as a GGUF model: {_line(error)}.") from error
 
 
-def _refuse_unread(path: Path, config: PreTrainedConfig) -> None:
+def _refuse_unread(reader: GGUFReader, path: Path, config: PreTrainedConfig) -> None:
     """Refuse a file of which transformers would silently leave something out.
 
     Its loader skips tensors that have no place and metadata that it does not know, such as the
@@ -76,8 +94,15 @@ def _refuse_unread(path: Path, config: PreTrainedConfig) -> None:
     Raises:
         SourceError: naming what would be lost.
     """
+    arch = _value(reader, "general.architecture")
+    if arch in TAKEN_FROM_DEFAULTS:
+        raise SourceError(
+            f"Of a {arch} GGUF transformers does not read {TAKEN_FROM_DEFAULTS[arch]}: it takes "
+            "them from its own defaults, so the model could be another.",
+            "Give the original checkpoint as safetensors.",
+        )
     try:
-        lost = _unread(path, config)
+        lost = _unread(reader, config)
     except (OSError, *UNREADABLE) as error:
         raise SourceError(f"{path.name} cannot be read as a GGUF model: {_line(error)}.") from error
     if lost:
@@ -91,10 +116,7 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _unread(path: Path, config: PreTrainedConfig) -> list[str]:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
+def _unread(reader: GGUFReader, config: PreTrainedConfig) -> list[str]:
     lost = [f"tensor {name}" for name in _without_place(reader, config)]
     prefix = f"{_value(reader, 'general.architecture')}."
     for key, expected in _meant(config).items():

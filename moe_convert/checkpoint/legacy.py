@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_convert.checkpoint.gguf import cache_dir
+from moe_convert.checkpoint.hashing import sha256_of
 from moe_convert.checkpoint.safetensors import SINGLE_NAME, TensorRef, read_index
 from moe_convert.checkpoint.source import SIDE_FILES, Source, open_folder
-from moe_convert.checkpoint.writer import CheckpointWriter, TensorSpec, sha256_of, shard
+from moe_convert.checkpoint.writer import CheckpointWriter, TensorSpec, shard
 from moe_convert.errors import SourceError
 from moe_convert.ffn import TORCH_NAMES, Weight
 

@@ -75,14 +75,20 @@ def blueprint(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model of a config on the meta device: names and shapes, no values."""
     import torch
 
-    base = getattr(config, "base_model_type", None)
     with torch.device("meta"):
-        if base is None:
-            return auto_class(config).from_config(config)
-        from moe_convert.templates import modeling_moe
+        return build(config)
 
-        model: PreTrainedModel = modeling_moe.make_class("MoeForCausalLM", base)(config)
+
+def build(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """Return a model of a config, of transformers or of `templates.modeling_moe`."""
+    base = getattr(config, "base_model_type", None)
+    if base is None:
+        model: PreTrainedModel = auto_class(config).from_config(config, **options)
         return model
+    from moe_convert.templates import modeling_moe
+
+    made: PreTrainedModel = modeling_moe.make_class("MoeForCausalLM", base)(config)
+    return made
 
 
 def _untied_state(model: PreTrainedModel) -> dict[str, Any]:

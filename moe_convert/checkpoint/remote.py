@@ -1,11 +1,16 @@
-"""Hub repositories: planned from config.json and safetensors headers, downloaded on demand."""
+"""Hub repositories: planned from config.json and safetensors headers, downloaded on demand.
+
+Or never: with `download=False` tensors are read by range while they are converted.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_convert.checkpoint.ranged import RemoteFile, network_errors, read_remote
 from moe_convert.checkpoint.safetensors import TensorRef
 from moe_convert.checkpoint.source import SIDE_FILES, Source, open_folder, read_config
 from moe_convert.errors import HubError, SourceError
@@ -14,13 +19,16 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
+SMALL_FILES = ("config.json", "README.md", *SIDE_FILES)
 LEGACY_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
-def open_hub(name: str, revision: str = "main", token: str | None = None) -> Source:
+def open_hub(
+    name: str, revision: str = "main", token: str | None = None, download: bool = True
+) -> Source:
     """Open `org/name[@rev]`; the revision is resolved to a commit, which the source records.
 
-    Without a network the local Hub cache serves.
+    Without a network the local Hub cache serves. Without `download` only small files are fetched.
 
     Raises:
         SourceError: no such repository, revision or file.
@@ -32,21 +40,16 @@ def open_hub(name: str, revision: str = "main", token: str | None = None) -> Sou
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         NotASafetensorsRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
+        SafetensorsParsingError,
     )
 
-    # The client library's own errors are the base of the Hub's: their name differs by release.
-    network_errors: tuple[type[BaseException], ...] = (
-        OSError,
-        *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
-    )
     api = HfApi(token=token)
     try:
-        return _open_online(api, repo_id, revision)
+        return _open_online(api, repo_id, revision, download)
     except HFValidationError as error:
         raise SourceError(
             f"There is no folder {name!r}, and it is no Hub name.",
@@ -63,9 +66,19 @@ def open_hub(name: str, revision: str = "main", token: str | None = None) -> Sou
         ) from error
     except RevisionNotFoundError as error:
         raise SourceError(f"{repo_id} has no revision {revision}.") from error
-    except (EntryNotFoundError, NotASafetensorsRepoError):
+    except SafetensorsParsingError as error:
+        raise SourceError(
+            f"{repo_id} has a safetensors file whose header cannot be read.",
+            "Tell its authors, or give another revision.",
+        ) from error
+    except (EntryNotFoundError, NotASafetensorsRepoError) as error:
+        if not download:
+            raise SourceError(
+                f"{repo_id} has no safetensors files, which --no-download needs.",
+                "Leave --no-download out.",
+            ) from error
         return _open_cached(repo_id, revision, token, local=False)
-    except network_errors as error:
+    except network_errors() as error:
         try:
             return _open_cached(repo_id, revision, token, local=True)
         except HubError:
@@ -75,7 +88,7 @@ def open_hub(name: str, revision: str = "main", token: str | None = None) -> Sou
             ) from error
 
 
-def _open_online(api: HfApi, repo_id: str, revision: str) -> Source:
+def _open_online(api: HfApi, repo_id: str, revision: str, download: bool) -> Source:
     from huggingface_hub import hf_hub_download
 
     info = api.model_info(repo_id, revision=revision, files_metadata=True)
@@ -90,45 +103,63 @@ def _open_online(api: HfApi, repo_id: str, revision: str) -> Source:
         for name, tensor in header.tensors.items()
     }
     files = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    remote = {
+        file: RemoteFile(repo_id, file, sha, files[file], token) for file in metadata.files_metadata
+    }
+
+    @functools.cache
+    def fetch() -> Source:
+        if download:
+            return _open_cached(repo_id, sha, token, local=False)
+        return _open_ranged(remote, metadata.weight_map, source)
+
     card = info.card_data.get("license") if info.card_data else None
-    return Source(
+    source = Source(
         repo_id,
         read_config(config_path),
         tensors,
-        lambda: _open_cached(repo_id, sha, token, local=False),
+        fetch,
         revision=revision,
         sha=sha,
         download_bytes=sum(s for f, s in files.items() if f.endswith(".safetensors")),
         license=str(card) if card else None,
+        streamed=not download,
+    )
+    return source
+
+
+def _open_ranged(files: dict[str, RemoteFile], places: dict[str, str], source: Source) -> Source:
+    """Download tokenizer, licence and the like, and read tensors by range when they are wanted."""
+    first = next(iter(files.values()))
+    folder = _snapshot(first.repo_id, first.sha, first.token, SMALL_FILES, local=False)
+    return replace(source, tensors=read_remote(files, places), folder=folder)
+
+
+def _snapshot(
+    repo_id: str, revision: str, token: str | bool | None, patterns: tuple[str, ...], *, local: bool
+) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            local_files_only=local,
+            allow_patterns=list(patterns),
+        )
     )
 
 
 def _open_cached(repo_id: str, revision: str, token: str | bool | None, local: bool) -> Source:
     """Download (with resume) what a conversion reads, or find it in the local Hub cache."""
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["config.json", "README.md", *WEIGHT_FILES, *SIDE_FILES]
+    patterns = (*SMALL_FILES, *WEIGHT_FILES)
     try:
-        folder = Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                token=token,
-                local_files_only=local,
-                allow_patterns=patterns,
-            )
-        )
+        folder = _snapshot(repo_id, revision, token, patterns, local=local)
         if not list(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(
-                    repo_id,
-                    revision=revision,
-                    token=token,
-                    local_files_only=local,
-                    allow_patterns=[*patterns, *LEGACY_FILES],
-                )
-            )
+            folder = _snapshot(repo_id, revision, token, (*patterns, *LEGACY_FILES), local=local)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise HubError(f"{repo_id} is not in the local Hub cache.") from error
     opened = open_folder(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,17 @@ class TensorRef:
     offset: int
 
     @property
+    def local(self) -> bool:
+        """Whether the file lies on this machine."""
+        return True
+
+    @property
+    def stamp(self) -> tuple[object, ...]:
+        """What changes when the file does."""
+        found = self.path.stat()
+        return found.st_size, found.st_mtime_ns
+
+    @property
     def num_bytes(self) -> int:
         """Length in bytes."""
         return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
@@ -68,24 +80,31 @@ class TensorRef:
 
     def nonfinite(self) -> bool:
         """Return whether the tensor holds NaN or infinity: an exponent of all ones."""
-        import numpy as np
+        return self.dtype in EXPONENTS and any(
+            holds_nonfinite(block, self.dtype) for block in self.blocks()
+        )
 
-        kind, mask = EXPONENTS.get(self.dtype, ("u1", 0))
-        if not mask:
-            return False
+    def blocks(self) -> Iterator[bytes | memoryview]:
+        """Yield the bytes in parts that hold whole elements; fewer where the file ends early."""
         left = self.num_bytes
         with self.path.open("rb") as file:
             file.seek(self.offset)
-            while left:
-                block = np.frombuffer(file.read(min(left, SCAN_BYTES)), dtype=kind)
-                if block.size == 0 or bool(((block & mask) == mask).any()):
-                    return block.size > 0
-                left -= block.nbytes
-        return False
+            while left and (block := file.read(min(left, SCAN_BYTES))):
+                yield block
+                left -= len(block)
 
     def weight(self) -> Weight:
         """Return the tensor as a lazily read weight that can be copied byte for byte."""
         return Weight(self.shape, self.dtype, self.read, self)
+
+
+def holds_nonfinite(block: bytes | memoryview, dtype: str) -> bool:
+    """Return whether one of these elements is NaN or infinity; no other dtype has them."""
+    import numpy as np
+
+    kind, mask = EXPONENTS.get(dtype, ("u1", 0))
+    values = np.frombuffer(block, dtype=kind)
+    return mask != 0 and bool(((values & mask) == mask).any())
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:

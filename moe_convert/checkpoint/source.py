@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_convert.checkpoint.ranged import largest_layer_bytes
 from moe_convert.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME, TensorRef, read_folder
 from moe_convert.errors import SourceError, UsageError
 
@@ -30,7 +31,8 @@ TOKENIZER_FILES = frozenset(SIDE_FILES[:9])
 class Source:
     """A dense checkpoint: its configuration and where its tensors lie.
 
-    `name` is what the manifest records: never a local path, only its last part.
+    `name` is what the manifest records: never a local path, only its last part. The tensors of a
+    `streamed` one stay on the Hub, and `folder` holds its other files alone.
     """
 
     name: str
@@ -43,6 +45,12 @@ class Source:
     download_bytes: int = 0
     unpack_bytes: int = 0
     license: str | None = None
+    streamed: bool = False
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that a source which is not downloaded takes: the layer that is being read."""
+        return largest_layer_bytes(self.tensors) if self.streamed else 0
 
     @property
     def dtype(self) -> str:
@@ -60,8 +68,12 @@ class Source:
         return sorted(path.relative_to(self.folder) for path in found if path.is_file())
 
 
-def open_source(model: str, revision: str = "main", token: str | None = None) -> Source:
+def open_source(
+    model: str, revision: str = "main", token: str | None = None, download: bool = True
+) -> Source:
     """Open a checkpoint by name: a directory, `org/name[@rev]`, `hf://…`, `*.gguf`, `package://…`.
+
+    Without `download` the tensors of one on the Hub are read by range while they are needed.
 
     Raises:
         SourceError: it is missing, corrupt, quantised or unsafe.
@@ -76,7 +88,7 @@ def open_source(model: str, revision: str = "main", token: str | None = None) ->
     else:
         from moe_convert.checkpoint.remote import open_hub
 
-        source = open_hub(model.removeprefix("hf://"), revision, token)
+        source = open_hub(model.removeprefix("hf://"), revision, token, download)
     _refuse_quantised(source)
     return source
 
@@ -182,14 +194,20 @@ def _refuse_quantised(source: Source) -> None:
         )
 
 
-def _license(folder: Path) -> str | None:
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
+def card_data(folder: Path | None) -> dict[str, Any]:
+    """Return the metadata of a folder's README.md; nothing if it has none that can be read."""
+    card = folder / "README.md" if folder else None
+    if card is None or not card.is_file():
+        return {}
+    import yaml
     from huggingface_hub import ModelCard
 
     try:
-        value = ModelCard.load(card).data.get("license")
-    except (ValueError, OSError):
-        return None
+        return dict(ModelCard.load(card).data.to_dict())
+    except (ValueError, OSError, yaml.YAMLError):
+        return {}
+
+
+def _license(folder: Path) -> str | None:
+    value = card_data(folder).get("license")
     return str(value) if value else None

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import struct
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
+from moe_convert.checkpoint.hashing import Hasher
 from moe_convert.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME, TensorRef
 from moe_convert.errors import DoesNotFitError, MoeConvertError, SourceError
 from moe_convert.ffn import ITEM_BITS, Weight, torch_dtype
 
+if TYPE_CHECKING:
+    import torch
+
 BLOCK_BYTES = 1 << 24
+COPIED_BYTES = 1 << 26
+"""What the copying thread does before it looks whether it should stop."""
 JOURNAL_NAME = ".progress"
 
 
@@ -95,7 +100,9 @@ class CheckpointWriter:
     """Writes announced tensors, and only those, into the shards of a folder.
 
     Tensors may come in any order; `finish_step` records progress and `skip_step` tells a resumed
-    run what it need not do again. Hashes are computed behind the writing, in a second thread.
+    run what it need not do again. Bytes of local files are copied in a thread, which may be one
+    step behind, and hashed behind that in another. More would not copy faster: file systems let
+    one thread at a time write into a file.
     """
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...]) -> None:
@@ -105,6 +112,10 @@ class CheckpointWriter:
         self._files: list[int] = []
         self._sources: dict[Path, int] = {}
         self._written: set[str] = set()
+        self._begun: dict[str, Future[None] | None] = {}
+        self._unrecorded: list[tuple[str, dict[str, Future[None] | None]]] = []
+        self._copier = ThreadPoolExecutor(1)
+        self._stopped = False
         self._journal = folder / JOURNAL_NAME
         self._steps: set[str] = set()
         try:
@@ -115,7 +126,7 @@ class CheckpointWriter:
             raise disk_error(error, folder) from error
         if self._journal.exists():
             self._steps = set(self._journal.read_text(encoding="utf-8").split("\n")) - {""}
-        self._hasher = _Hasher([folder / shard.file for shard in shards])
+        self._hasher = Hasher([folder / shard.file for shard in shards])
 
     def _open(self, shard: Shard) -> None:
         header = shard.header
@@ -142,14 +153,32 @@ class CheckpointWriter:
                 f"{name} came out as {weight.dtype}{list(weight.shape)}, and the plan announced "
                 f"{spec.dtype}{list(spec.shape)}."
             )
+        self._begun[name] = self._begin(weight, self._files[number], position)
+
+    def _begin(self, weight: Weight, target: int, position: int) -> Future[None] | None:
+        """Write a tensor, or leave it to the thread if its bytes lie in a file."""
+        if weight.stored is None:
+            with self._explained():
+                _write_all(target, _to_bytes(weight), position)
+            return None
+        ref = cast("TensorRef", weight.stored)
+        if not ref.local:
+            with self._explained():
+                for block in ref.blocks():
+                    _write_all(target, memoryview(block), position)
+                    position += len(block)
+            return None
+        source = self._sources.get(ref.path)
+        if source is None:
+            source = self._sources[ref.path] = os.open(ref.path, os.O_RDONLY)
+        return self._copier.submit(self._copy, ref, source, target, position)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
         try:
-            if weight.stored is not None:
-                self._copy(cast("TensorRef", weight.stored), self._files[number], position)
-            else:
-                _write_all(self._files[number], _to_bytes(weight), position)
+            yield
         except OSError as error:
             raise disk_error(error, self.folder) from error
-        self._written.add(name)
 
     def skip_step(self, step: str, names: Iterable[str]) -> bool:
         """Return whether an interrupted run wrote this step; its tensors then count as written."""
@@ -159,11 +188,49 @@ class CheckpointWriter:
         self._advance()
         return True
 
+    def has(self, step: str) -> bool:
+        """Return whether an interrupted run wrote this step."""
+        return step in self._steps
+
+    def written(self, name: str) -> Weight:
+        """Return a tensor as it lies in the files."""
+        number, position, spec = self._places[name]
+
+        def load() -> torch.Tensor:
+            import torch
+
+            data = os.pread(self._files[number], spec.num_bytes, position)
+            flat = torch.frombuffer(bytearray(data), dtype=torch_dtype(spec.dtype))
+            return flat.view(spec.shape)
+
+        return Weight(spec.shape, spec.dtype, load)
+
     def finish_step(self, step: str) -> None:
-        """Record that everything written so far need not be written again."""
+        """Record that everything written so far need not be written again, once it is on disk.
+
+        Raises:
+            DoesNotFitError: the disk is full.
+            SourceError: a file ends before the tensor does.
+        """
+        self._unrecorded.append((step, self._begun))
+        self._begun = {}
+        if len(self._unrecorded) > 1:
+            self._record()
+
+    def _record(self) -> None:
+        """Wait for the oldest step that is not recorded, and record it."""
+        step, begun = self._unrecorded.pop(0)
+        self._settle(begun)
         with self._journal.open("a", encoding="utf-8") as journal:
             journal.write(f"{step}\n")
         self._advance()
+
+    def _settle(self, begun: dict[str, Future[None] | None]) -> None:
+        for name, copy in begun.items():
+            if copy is not None:
+                with self._explained():
+                    copy.result()
+            self._written.add(name)
 
     def _advance(self) -> None:
         for number, shard in enumerate(self.shards):
@@ -180,6 +247,9 @@ class CheckpointWriter:
         Raises:
             MoeConvertError: a tensor that the plan announced was never written.
         """
+        while self._unrecorded:
+            self._record()
+        self._settle(self._begun)
         missing = [name for name in self._places if name not in self._written]
         if missing:
             raise MoeConvertError(
@@ -202,6 +272,8 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Close every file; what was written stays."""
+        self._stopped = True
+        self._copier.shutdown(cancel_futures=True)
         if hasattr(self, "_hasher"):
             self._hasher.stop()
         for file in (*self._files, *self._sources.values()):
@@ -209,13 +281,10 @@ class CheckpointWriter:
                 os.close(file)
         self._files, self._sources = [], {}
 
-    def _copy(self, ref: TensorRef, target: int, position: int) -> None:
-        source = self._sources.get(ref.path)
-        if source is None:
-            source = self._sources[ref.path] = os.open(ref.path, os.O_RDONLY)
+    def _copy(self, ref: TensorRef, source: int, target: int, position: int) -> None:
         offset, left = ref.offset, ref.num_bytes
-        while left:
-            copied = _copy_block(source, target, min(left, 1 << 30), offset, position)
+        while left and not self._stopped:
+            copied = _copy_block(source, target, min(left, COPIED_BYTES), offset, position)
             if copied == 0:
                 raise SourceError(f"{ref.path.name} ends inside tensor {ref.name}.")
             offset, position, left = offset + copied, position + copied, left - copied
@@ -260,73 +329,3 @@ def disk_error(error: OSError, folder: Path) -> Exception:
             "Free some space and run the same command again: it goes on where it stopped.",
         )
     return MoeConvertError(f"Cannot write {folder.name}: {error.strerror}.")
-
-
-class _Hasher:
-    """Hashes files from their start as far as they are written, in a thread of its own."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._paths, self._allowed = paths, [0] * len(paths)
-        self._changed, self._stopped = threading.Condition(), False
-        self._hashes: dict[str, str] = {}
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def allow(self, number: int, num_bytes: int) -> None:
-        """Say that a file is final up to this byte."""
-        with self._changed:
-            self._allowed[number] = max(self._allowed[number], num_bytes)
-            self._changed.notify()
-
-    def stop(self) -> None:
-        """Give up what is not hashed yet."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        self._thread.join()
-
-    def result(self) -> dict[str, str]:
-        """Wait for the last byte and return file name to SHA-256."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._hashes
-
-    def _run(self) -> None:
-        try:
-            for number, path in enumerate(self._paths):
-                digest = self._hash(number, path)
-                if digest is None:
-                    return
-                self._hashes[path.name] = digest
-        except OSError as error:
-            self._error = error
-
-    def _wait(self, number: int, position: int) -> int | None:
-        """Return up to which byte a file is final, once that is more than `position`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._allowed[number] > position)
-            return None if self._stopped else self._allowed[number]
-
-    def _hash(self, number: int, path: Path) -> str | None:
-        digest, position, size_bytes = hashlib.sha256(), 0, path.stat().st_size
-        buffer = memoryview(bytearray(BLOCK_BYTES))
-        with path.open("rb", buffering=0) as file:
-            while position < size_bytes:
-                allowed = self._wait(number, position)
-                if allowed is None:
-                    return None
-                count = file.readinto(buffer[: allowed - position])
-                digest.update(buffer[:count])
-                position += count
-        return digest.hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

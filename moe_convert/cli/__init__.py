@@ -10,12 +10,12 @@ from pathlib import Path
 
 import typer
 
-from moe_convert.cli import gallery, models, tables
+from moe_convert.cli import calibrate, gallery, models, publish, push, tables
 from moe_convert.cli.base import app
 from moe_convert.console import Output
 from moe_convert.errors import InterruptedByUser, UsageError
 
-COMMANDS = (models, gallery, tables)
+COMMANDS = (models, calibrate, push, publish, gallery, tables)
 """Modules whose import registers their commands, in the order of the help."""
 
 

@@ -10,19 +10,20 @@ import typer
 
 from moe_convert.cli.base import app, command
 from moe_convert.console import Output
-from moe_convert.errors import MoeConvertError, OutputExistsError
+from moe_convert.errors import MoeConvertError, OutputExistsError, VerificationError
 from moe_convert.options import conversion, recipe_from
 
 if TYPE_CHECKING:
+    from moe_convert.hub import Pushed
     from moe_convert.plan import Plan
 
 
-def _plan(output: Output, values: dict[str, Any]) -> Plan:
+def _plan(output: Output, values: dict[str, Any], *, only_plan: bool) -> Plan:
     recipe = recipe_from(values)
     with output.busy("reading headers"):
         from moe_convert.plan import make_plan
 
-        return make_plan(recipe, values["token"])
+        return make_plan(recipe, values["token"], only_plan=only_plan)
 
 
 def _print_plan(output: Output, plan: Plan) -> None:
@@ -41,11 +42,19 @@ def _print_plan(output: Output, plan: Plan) -> None:
 @conversion
 def upcycle(output: Output, values: dict[str, Any]) -> None:
     """Convert a dense checkpoint, check the result against it, and leave a finished folder."""
-    plan = _plan(output, values)
+    plan = _plan(output, values, only_plan=bool(values["dry_run"]))
     if values["dry_run"]:
         _print_plan(output, plan)
         return
-    from moe_convert.console import manifest_sections, plan_table, routing_lines, verify_lines
+    from moe_convert.cli.calibrate import calibrate_result, print_calibration
+    from moe_convert.cli.push import check_push, push_result
+    from moe_convert.console import (
+        manifest_sections,
+        plan_table,
+        push_lines,
+        routing_lines,
+        verify_lines,
+    )
     from moe_convert.convert import check_output
     from moe_convert.workflow import require_passed
     from moe_convert.workflow import upcycle as run
@@ -54,6 +63,7 @@ def upcycle(output: Output, values: dict[str, Any]) -> None:
     output.say(plan_table(plan))
     output.warn(plan.warnings)
     _confirm_overwrite(output, plan, values["yes"])
+    check_push(output, plan, values["token"])
     with output.progress() as progress:
         manifest = run(plan, force=bool(values["force"]), progress=progress)
     announced = {note.code for note in plan.warnings}
@@ -64,15 +74,24 @@ def upcycle(output: Output, values: dict[str, Any]) -> None:
             console.print(line, markup=False)
         for line in verify_lines(manifest.verify) if manifest.verify else ():
             console.print(line, markup=False)
+        print_calibration(console, manifest.calibration)
         console.print(f"{manifest.state}  {plan.output}", markup=False)
+        for line in push_lines(pushed, every_file=False) if pushed else ():
+            console.print(line, markup=False)
 
+    pushed: Pushed | None = None
+    sections = manifest_sections(manifest, plan.output)
     try:
         require_passed(manifest.verify, plan.output)
-    except MoeConvertError as error:
+        manifest = calibrate_result(output, plan, manifest)
         sections = manifest_sections(manifest, plan.output)
-        output.fail(sections, error, human)
+        pushed = push_result(output, plan, values["token"])
+    except MoeConvertError as error:
+        status = "gate_failed" if isinstance(error, VerificationError) else "failed"
+        output.fail(sections, error, human, status)
         raise typer.Exit(error.exit_code) from None
-    output.result(manifest_sections(manifest, plan.output), quiet=str(plan.output), human=human)
+    hub = {"hub": pushed.section} if pushed else {}
+    output.result({**sections, **hub}, quiet=str(plan.output), human=human)
 
 
 def _confirm_overwrite(output: Output, plan: Plan, yes: bool) -> None:
@@ -85,7 +104,7 @@ def _confirm_overwrite(output: Output, plan: Plan, yes: bool) -> None:
 @conversion
 def plan(output: Output, values: dict[str, Any]) -> None:
     """Show what `upcycle` would write and take, from headers alone."""
-    _print_plan(output, _plan(output, values))
+    _print_plan(output, _plan(output, values, only_plan=True))
 
 
 @command(app, "verify")

@@ -7,7 +7,8 @@ refused by name, so nothing is lost in silence. To add a family, add a row to on
 
 from __future__ import annotations
 
-from moe_convert.errors import SourceError, UnsupportedError
+from moe_convert.checkpoint.configs import Filled, filled
+from moe_convert.errors import UnsupportedError
 from moe_convert.families import (
     cohere,
     ernie,
@@ -55,15 +56,13 @@ FAMILIES: dict[str, DenseFamily] = {
 """Every dense family, by model type."""
 
 
-def find_family(config: Config) -> tuple[DenseFamily, Body]:
-    """Return the family row and the body of a config.json.
+def find_family(config: Config, fill: Filled = filled) -> tuple[DenseFamily, Body]:
+    """Return the family row and the body of a config.json, whose defaults `fill` adds.
 
     Raises:
         UnsupportedError: no row has this model type, or an attribute is not understood.
         SourceError: transformers rejects the config.
     """
-    from transformers import CONFIG_MAPPING
-
     model_type = str(config["model_type"])
     family = FAMILIES.get(model_type)
     if family is None:
@@ -73,16 +72,7 @@ def find_family(config: Config) -> tuple[DenseFamily, Body]:
             f"{custom_hint(model_type)} Supported: {', '.join(FAMILIES)}; see `moe-convert archs "
             "ls`.".lstrip(),
         )
-    try:
-        full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
-    except Exception as error:
-        raise SourceError(f"transformers rejects this config.json: {_first_line(error)}") from error
-    return family, family.body(full, config)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+    return family, family.body(fill(config), config)
 
 
 __all__ = ["FAMILIES", "Body", "Config", "DenseFamily", "find_family", "layer_name", "order",

@@ -48,6 +48,16 @@ ROWS = (
         ffn_names=FfnNames(gate="mlp.up_proj.weight"),
     ),
     DenseFamily(
+        "iquestcoder",
+        "LlamaForCausalLM",
+        targets=("mixtral", "glm4_moe"),
+        examples="IQuest-Coder V1 40B",
+        fields={"mlp_bias": "mlp_bias"},
+        only={"clip_qkv": (None,), "use_sliding_window": (None, False)},
+        also_read=("attention_bias",),
+        refine=biases,
+    ),
+    DenseFamily(
         "internlm3",
         "LlamaForCausalLM",
         targets=("mixtral", "glm4_moe"),

@@ -5,7 +5,7 @@ and no others.
 """
 
 from moe_convert.plan.estimate import available_ram_bytes, check_fits
-from moe_convert.plan.layout import lay_out
+from moe_convert.plan.layout import blank_experts, lay_out, without_ffn
 from moe_convert.plan.model import Estimate, Layout, Note, Plan, Step
 from moe_convert.plan.resolve import make_plan, plan_source
 
@@ -16,8 +16,10 @@ __all__ = [
     "Plan",
     "Step",
     "available_ram_bytes",
+    "blank_experts",
     "check_fits",
     "lay_out",
     "make_plan",
     "plan_source",
+    "without_ffn",
 ]

@@ -8,12 +8,18 @@ from dataclasses import replace
 
 from moe_convert.checkpoint import Source
 from moe_convert.errors import UnsupportedError, UsageError
+from moe_convert.experts import Split
 from moe_convert.families import Body, DenseFamily
 from moe_convert.families.custom import CUSTOM, CustomFamily, custom_hint
+from moe_convert.plan.model import GROUPED_MM_BYTES, bits
 from moe_convert.recipe import Recipe, chosen_layers
 from moe_convert.targets import TARGETS, MoeShape, MoeTarget
 from moe_convert.targets.custom import custom_target
 from moe_convert.wrappers import WrappedFamily
+
+
+CUTS = (64, 32, 16, 8, 4)
+"""How many experts an FFN is cut into when only the share that fires is given, finest first."""
 
 
 def choose_target(
@@ -81,6 +87,48 @@ def _layers(recipe: Recipe, body: Body) -> tuple[int, ...]:
     if not layers:
         raise UsageError(f"--layers {recipe.target.layers} chooses no layer of {body.num_layers}.")
     return layers
+
+
+def with_counts(recipe: Recipe, body: Body, dtype: str) -> Recipe:
+    """Return the recipe with the counts that `target.active` stands for.
+
+    The finest cut into at most 64 experts whose widths grouped matrix products take; of those that
+    fire, half are shared (rounded down, at least one if two fire).
+
+    Raises:
+        UsageError: it is no split, counts are given too, or no cut fits.
+    """
+    wanted = recipe.target
+    if wanted.active is None:
+        return recipe
+    if not isinstance(recipe.experts, Split):
+        raise UsageError(
+            "target.active is the share of an FFN that fires after a split, and "
+            f"experts.method is {recipe.experts.method}.",
+            "Use --method split.",
+        )
+    given = {"num_experts", "top_k", "shared_experts"} & wanted.model_fields_set
+    if given:
+        raise UsageError(
+            f"target.active sets target.{min(given)} too, and the recipe gives both.",
+            "Leave one of them out.",
+        )
+    multiple = GROUPED_MM_BYTES * 8 // bits(dtype)
+    for num_units in CUTS:
+        fires = round(wanted.active * num_units)
+        if body.ffn_size % (num_units * multiple) == 0 and 1 <= fires < num_units:
+            shared = fires // 2
+            counts = {
+                "num_experts": num_units - shared,
+                "top_k": fires - shared,
+                "shared_experts": shared,
+            }
+            return recipe.model_copy(update={"target": wanted.model_copy(update=counts)})
+    raise UsageError(
+        f"No cut of an FFN of {body.ffn_size} neurons into {CUTS[0]} to {CUTS[-1]} experts has "
+        f"widths that are multiples of {multiple} and lets {wanted.active:g} of it fire.",
+        "Give --experts, --top-k and --shared-experts, or --dtype fp32.",
+    )
 
 
 def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTarget) -> MoeShape:

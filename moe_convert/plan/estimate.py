@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from moe_convert.compose import distinct
+from moe_convert.data.writing import ram_bytes
 from moe_convert.errors import DoesNotFitError
 from moe_convert.plan.model import Estimate, Plan, count
 
@@ -14,6 +15,13 @@ LARGE_DROP = 0.5
 INTERPRETER_BYTES = 450 * 10**6
 WRITE_RATE = (0.2e9, 2e9)
 """Bytes per second that disks are assumed to write, slowest and fastest."""
+RUN_RATE = (2e10, 5e11)
+"""Floating-point operations per second that models are assumed to run with, slowest and fastest."""
+START_S = {"copying": (3.0, 1.0), "running": (12.0, 4.0)}
+"""Seconds until the first byte, slowest and fastest: weights alone, or models that have to run."""
+SAMPLE_TOKENS = 512
+VERIFY_TOKENS = 1600
+"""What a check runs through each of the two models: a text, random tokens, two dtypes."""
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -21,13 +29,19 @@ def estimate(plan: Plan) -> Estimate:
     output_bytes = sum(shard.num_bytes for shard in plan.shards)
     sources = [plan.source, *(e.source for e in distinct(plan.experts) if not e.adapter)]
     download = sum(source.download_bytes for source in sources)
-    fetched = download + sum(source.unpack_bytes for source in sources)
+    kept = sum(source.download_bytes for source in sources if not source.streamed)
+    fetched = kept + sum(source.unpack_bytes for source in sources)
     largest = max(count(ref.shape) for ref in plan.source.tensors.values())
     params, dense = plan.params_total, plan.params_dense
     unpacking = 3 * max(source.unpack_bytes for source in sources)
     verify = 4 * max(params, dense) if plan.recipe.verify.enabled else 0
-    quick, slow = (
-        (output_bytes + fetched) / rate + verify / (10 * rate) for rate in WRITE_RATE[::-1]
+    writing = ram_bytes(dense) if plan.recipe.data.is_self else 0
+    buffers = sum(source.buffer_bytes for source in sources)
+    runs = plan.recipe.verify.enabled or plan.recipe.needs_input
+    start_s = START_S["running" if runs else "copying"]
+    slow, quick = (
+        start + (output_bytes + fetched) / rate + verify / (10 * rate) + _flop(plan) / run_rate
+        for start, rate, run_rate in zip(start_s, WRITE_RATE, RUN_RATE, strict=True)
     )
     folder = plan.output.absolute().parent
     while not folder.exists():
@@ -36,11 +50,22 @@ def estimate(plan: Plan) -> Estimate:
         download_bytes=download,
         disk_bytes=output_bytes + fetched,
         free_disk_bytes=shutil.disk_usage(folder).free,
-        ram_bytes=INTERPRETER_BYTES + max(unpacking, 8 * largest + _states_bytes(plan)),
+        ram_bytes=INTERPRETER_BYTES
+        + buffers
+        + max(unpacking, writing, 8 * largest + _states_bytes(plan)),
         verify_ram_bytes=INTERPRETER_BYTES + verify,
         free_ram_bytes=available_ram_bytes(),
         time_s=(round(quick, 1), round(slow, 1)),
     )
+
+
+def _flop(plan: Plan) -> float:
+    """Return the floating-point operations of running the models: over data, and for the check."""
+    recipe, dense = plan.recipe, plan.params_dense
+    wanted = SAMPLE_TOKENS if recipe.data.train is None else recipe.data.max_tokens
+    measured = wanted if recipe.needs_input else 0
+    checked = VERIFY_TOKENS if recipe.verify.enabled else 0
+    return 2.0 * (dense * (measured + checked) + plan.params_active * checked)
 
 
 def _states_bytes(plan: Plan) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from moe_convert.checkpoint import Source, TensorSpec
-from moe_convert.families import split_name
+from moe_convert.families import layer_name, split_name
 from moe_convert.ffn import Experts, Ffn, Weight
 from moe_convert.plan.model import Layout, Step, bits
 from moe_convert.targets import MoeShape
@@ -31,8 +31,26 @@ def lay_out(
     yield "before", None, stored([pair for pair in around if "embed" in pair[0]])
     for layer in range(layout.body.num_layers):
         named = parts.get(layer, []) + _ffn(layout, weights, make, layer)
-        yield f"layer {layer}", layer, stored(named)
+        yield step_name(layer), layer, stored(named)
     yield "after", None, stored([pair for pair in around if "embed" not in pair[0]])
+
+
+def step_name(layer: int) -> str:
+    """Return what the step is called that writes a layer."""
+    return f"layer {layer}"
+
+
+def without_ffn(layout: Layout, weights: Mapping[str, Weight]) -> dict[int | None, Named]:
+    """Return what is stored outside the FFNs: by layer, and under None what lies around them."""
+    body, shape, target = layout.body, layout.shape, layout.target
+    parts: dict[int | None, Named] = {n: [] for n in (None, *range(body.num_layers))}
+    for name, weight in rest(layout, weights):
+        if not name.startswith(AROUND):
+            parts[split_name(name)[0]].append((name, _cast(layout, name, weight)))
+    for layer in shape.moe_layers:
+        extras = target.extras(body, shape, layout.dtype)
+        parts[layer] += [(layer_name(layer, inside), weight) for inside, weight in extras.items()]
+    return {layer: target.stored(named) for layer, named in parts.items()}
 
 
 def _cast(layout: Layout, name: str, weight: Weight) -> Weight:
@@ -81,7 +99,5 @@ def announce(layout: Layout, source: Source) -> Iterator[Step]:
 
 def blank_experts(ffn: Ffn, shape: MoeShape) -> Experts:
     """Return experts of the right sizes whose values are never asked for."""
-    import torch
-
-    routed = ffn.select(torch.arange(shape.expert_size))
-    return Experts((routed,) * shape.num_experts, ffn.select(torch.arange(shape.shared_size)))
+    routed = ffn.select(range(shape.expert_size))
+    return Experts((routed,) * shape.num_experts, ffn.select(range(shape.shared_size)))

@@ -71,6 +71,12 @@ class Layout:
     untie: bool
     as_stored: bool = False
 
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The config of the result's decoder alone, without what may lie around it."""
+        values = MoeTarget.config(self.target, self.body, self.shape, self.untie)
+        return {"model_type": self.target.text_model_type, **values}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -150,6 +156,10 @@ def count(shape: tuple[int, ...]) -> int:
     for size in shape:
         product *= size
     return product
+
+
+GROUPED_MM_BYTES = 16
+"""What the rows of grouped matrix products must be multiples of."""
 
 
 def bits(dtype: str) -> int:

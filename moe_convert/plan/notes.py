@@ -40,8 +40,33 @@ def _source_notes(plan: Plan) -> Iterator[Note]:
         layout = plan.layout
         found = notes(plan.recipe.experts, plan.experts, plan.source, layout.family, layout.body)
         yield from (Note(*note) for note in found)
+        yield from _licences(plan)
     yield from (Note(*note) for note in input_notes(plan.recipe))
     yield from (Note("recipe_note", text) for text in plan.recipe.notes)
+
+
+def _licences(plan: Plan) -> Iterator[Note]:
+    """Say that no licence can be inherited where the sources have several."""
+    sources = [plan.source, *(one.source for one in plan.experts if one.adapter is None)]
+    found = sorted({source.license for source in sources if source.license})
+    if len(found) > 1 and plan.recipe.output.license == "inherit":
+        yield Note(
+            "licences",
+            f"The sources have different licences, {' and '.join(found)}, so the card names none.",
+            "Read them, and say with --license what the result is under.",
+        )
+
+
+def _download_notes(plan: Plan) -> Iterator[Note]:
+    """Say what a source that stays on the Hub cannot be checked for."""
+    if plan.source.streamed and plan.recipe.verify.enabled:
+        yield Note(
+            "parity_skipped",
+            "Without a download the logits are not compared with the dense model's: the check is "
+            "of keys, shapes, values, tokenizer and generation.",
+            f"Run `moe-convert verify {plan.output} --source {plan.source.name}` where the source "
+            "has room.",
+        )
 
 
 def warnings(plan: Plan) -> Iterator[Note]:
@@ -55,6 +80,7 @@ def warnings(plan: Plan) -> Iterator[Note]:
         )
     yield from _honesty(plan)
     yield from _source_notes(plan)
+    yield from _download_notes(plan)
     family = plan.layout.family
     unused = [name for name in plan.source.tensors if name.startswith(family.unused)]
     if unused:

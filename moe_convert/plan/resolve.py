@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moe_convert.calibration import Made, check, resolved
 from moe_convert.checkpoint import Source, TensorSpec, open_source, shard, stored_shapes
+from moe_convert.checkpoint.configs import Filled, aside, filled
 from moe_convert.checkpoint.names import full_config
 from moe_convert.compose import ExpertSource, open_experts
 from moe_convert.errors import SourceError, UsageError
@@ -15,45 +18,65 @@ from moe_convert.experts import Compose
 from moe_convert.families import Body, DenseFamily, find_family
 from moe_convert.families.body import shortened
 from moe_convert.families.custom import CUSTOM, find_custom
+from moe_convert.families.shapes import stored
 from moe_convert.ffn import TORCH_NAMES
 from moe_convert.inputs import check_inputs
-from moe_convert.plan.choices import choose_shape, choose_target
+from moe_convert.plan.choices import choose_shape, choose_target, with_counts
 from moe_convert.plan.estimate import estimate
 from moe_convert.plan.layout import announce, rest
-from moe_convert.plan.model import Estimate, Layout, Plan, bits, count
+from moe_convert.plan.model import GROUPED_MM_BYTES, Estimate, Layout, Plan, bits, count
 from moe_convert.plan.notes import warnings
 from moe_convert.recipe import DTYPES, Recipe
 from moe_convert.targets import MoeShape, MoeTarget, with_legacy_keys
 from moe_convert.wrappers import find_wrapped
 
 CUSTOM_METHODS = ("clone", "split")
-GROUPED_MM_BYTES = 16
 
 
-def make_plan(recipe: Recipe, token: str | None = None) -> Plan:
+def make_plan(recipe: Recipe, token: str | None = None, *, only_plan: bool = False) -> Plan:
     """Resolve a recipe against the headers of its source.
+
+    With `only_plan` no conversion follows, which would need all of transformers anyway.
 
     Raises:
         UsageError: a choice is invalid for this model.
         SourceError: the source is missing, corrupt or unsupported.
     """
-    source = open_source(recipe.source.model, recipe.source.revision, token)
-    return plan_source(recipe, source, token)
+    wanted = recipe.source
+    source = open_source(wanted.model, wanted.revision, token, wanted.download)
+    if not wanted.download and source.revision is None:
+        raise UsageError(
+            f"--no-download has no effect: {source.name} is not on the Hub.", "Leave it out."
+        )
+    if source.streamed and recipe.data.is_self:
+        raise UsageError(
+            "The source can only write text with its weights on this disk, and --no-download "
+            "leaves them on the Hub.",
+            "Give text with --data, or leave --no-download out.",
+        )
+    runs_models = recipe.verify.enabled or recipe.needs_input
+    with aside() if only_plan or not runs_models else nullcontext(filled) as fill:
+        return plan_source(recipe, source, token, fill)
 
 
-def plan_source(recipe: Recipe, source: Source, token: str | None = None) -> Plan:
+def plan_source(
+    recipe: Recipe, source: Source, token: str | None = None, fill: Filled = filled
+) -> Plan:
     """Resolve a recipe against an opened source; see `make_plan`."""
-    source, family, body = _read(recipe, source)
+    source, family, body = _read(recipe, source, fill)
     experts: tuple[ExpertSource, ...] = ()
     if isinstance(recipe.experts, Compose):
 
         def read(other: Source) -> tuple[Source, Body]:
-            read_source, _, other_body = _read(recipe, other)
+            read_source, _, other_body = _read(recipe, other, fill)
             return read_source, other_body
 
-        experts = open_experts(recipe.experts, source, body, read, token)
-    target, refused = choose_target(recipe, source, family, body)
+        reach = (token, recipe.source.download)
+        experts = open_experts(recipe.experts, source, body, read, *reach)
     dtype = DTYPES.get(recipe.target.dtype, source.dtype)
+    recipe = with_counts(recipe, body, dtype)
+    target, refused = choose_target(recipe, source, family, body)
+    target = target.compatible(target, body) if recipe.output.compat else target
     shape = choose_shape(recipe, family, body, target)
     check_inputs(recipe, shape, body.hidden_size, body.vocab_size, source.folder)
     untie = target.stock and body.tied and (recipe.output.compat or target.must_untie(body))
@@ -68,7 +91,7 @@ def plan_source(recipe: Recipe, source: Source, token: str | None = None) -> Pla
         recipe=recipe,
         source=source,
         layout=layout,
-        config=_config(layout, recipe.output.compat),
+        config=_config(layout, recipe.output.compat, fill),
         output=output_folder(recipe, source, shape),
         steps=steps,
         shards=shard(specs, recipe.output.max_shard_bytes),
@@ -78,24 +101,36 @@ def plan_source(recipe: Recipe, source: Source, token: str | None = None) -> Pla
         warnings=(),
         experts=experts,
     )
+    if recipe.calibration.enabled:
+        _check_calibration(plan)
     plan = replace(plan, estimate=estimate(plan))
     return replace(plan, warnings=tuple(warnings(plan)))
 
 
-def _read(recipe: Recipe, source: Source) -> tuple[Source, DenseFamily, Body]:
+def _check_calibration(plan: Plan) -> None:
+    """Refuse to calibrate in a way that cannot work, before anything is written."""
+    recipe, target = plan.recipe, plan.target
+    biased = any(target.keeps_dtype(spec.name) for spec in plan.specs)
+    made = Made(recipe.experts, target, plan.exact, plan.shape.top_k, selection_bias=biased)
+    check(resolved(recipe.calibration, recipe.experts, gpu=False), made)
+
+
+def _read(recipe: Recipe, source: Source, fill: Filled) -> tuple[Source, DenseFamily, Body]:
     """Return the source with names that its family understands, the family and its body."""
-    source, family, body = _understood(recipe, source)
+    source, family, body = _understood(recipe, source, fill)
     body = replace(body, tied=body.tied and "lm_head.weight" not in source.tensors)
     if recipe.target.max_positions is not None:
         body = shortened(body, recipe.target.max_positions)
     return source, family, body
 
 
-def _understood(recipe: Recipe, source: Source) -> tuple[Source, DenseFamily, Body]:
+def _understood(recipe: Recipe, source: Source, fill: Filled) -> tuple[Source, DenseFamily, Body]:
     if recipe.target.architecture != CUSTOM:
         wrapped = find_wrapped(source.config)
-        family, body = wrapped or find_family(source.config)
-        _check_tensors(source, stored_shapes(full_config(source.config)), family.unused)
+        family, body = wrapped or find_family(source.config, fill)
+        known = None if wrapped else stored(family, body)
+        if known is None or _complaint(source, known, body.tied, family.unused):
+            _check_tensors(source, stored_shapes(full_config(source.config)), family.unused)
         return wrapped[0].opened(source) if wrapped else source, family, body
     if recipe.target.max_positions is not None:
         raise UsageError("target.max_positions has no effect with --target custom.")
@@ -150,33 +185,43 @@ def _check_tensors(
     source: Source, expected: Mapping[str, tuple[int, ...]], unused: tuple[str, ...] = ()
 ) -> None:
     """Compare the headers with what transformers' own class stores for this config."""
+    tied = bool(full_config(source.config).tie_word_embeddings)
+    complaint = _complaint(source, expected, tied, unused)
+    if complaint is not None:
+        raise complaint
+
+
+def _complaint(
+    source: Source, expected: Mapping[str, tuple[int, ...]], tied: bool, unused: tuple[str, ...]
+) -> SourceError | None:
+    """Return what is wrong with the headers, of which `expected` says what they should hold."""
     for name, shape in expected.items():
         ref = source.tensors.get(name)
         if ref is None:
-            raise SourceError(f"The checkpoint has no tensor {name}.", "Download it again.")
+            return SourceError(f"The checkpoint has no tensor {name}.", "Download it again.")
         if ref.shape != shape:
-            raise SourceError(
+            return SourceError(
                 f"Tensor {name} has shape {list(ref.shape)}, and config.json means {list(shape)}."
             )
         if ref.dtype not in TORCH_NAMES:
-            raise SourceError(
+            return SourceError(
                 f"Tensor {name} has dtype {ref.dtype}, expected one of {', '.join(TORCH_NAMES)}."
             )
-    tied = full_config(source.config).tie_word_embeddings
     ignored = ("rotary_emb.inv_freq", "lm_head.weight") if tied else "rotary_emb.inv_freq"
     extra = sorted(
         n
         for n in source.tensors.keys() - expected.keys()
         if not n.endswith(ignored) and not n.startswith(unused)
     )
-    if extra:
-        raise SourceError(
-            f"The checkpoint holds {extra[0]} ({len(extra)} such tensors), which its config.json "
-            "does not account for."
-        )
+    if not extra:
+        return None
+    return SourceError(
+        f"The checkpoint holds {extra[0]} ({len(extra)} such tensors), which its config.json "
+        "does not account for."
+    )
 
 
-def _config(layout: Layout, compat: bool) -> dict[str, Any]:
+def _config(layout: Layout, compat: bool, fill: Filled) -> dict[str, Any]:
     """Return config.json and make sure that transformers takes it."""
     target = layout.target
     config = {
@@ -185,8 +230,11 @@ def _config(layout: Layout, compat: bool) -> dict[str, Any]:
         "dtype": TORCH_NAMES[layout.dtype],
         **target.config(layout.body, layout.shape, layout.untie),
     }
-    full_config(config)
-    if not (compat and target.stock):
+    if not target.stock:
+        full_config(config)
+        return config
+    fill(config)
+    if not compat:
         return config
     return with_legacy_keys({**config, "torch_dtype": config["dtype"]})
 

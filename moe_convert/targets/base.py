@@ -15,6 +15,7 @@ from moe_convert.ffn import Experts, Ffn, Weight, concatenated, stack
 from moe_convert.transforms import half_split
 
 EMBEDDING = "model.embed_tokens.weight"
+UNREGISTERED = "does not register this architecture"
 FOLDED = frozenset({"embedding_multiplier", "interleaved_rope", "exact_below"})
 """Features that need no place in a config: tensors absorb them, or a limit speaks of them."""
 
@@ -78,7 +79,7 @@ class Engine:
     def notes(self, body: Body, shape: MoeShape) -> tuple[str, ...]:
         """Return the traps that this body and shape fall into."""
         if not self.registered:
-            return ("does not register this architecture",)
+            return (UNREGISTERED,)
         return tuple(trap.text for trap in self.traps if trap.when(body, shape))
 
 
@@ -159,8 +160,9 @@ class MoeTarget:
     features of any value that `places` and `computed` see to, within `limits`. `fuses` names
     tensors that hold several of Llama's one above the other, and `on_disk` what Llama's prefixes
     are called in the files. `ties` says whether embedding and head may be one tensor;
-    `routed_marks` are parts of the names of the routed experts' tensors. `files` are copied beside
-    the weights, and `stock` says whether transformers itself has the class.
+    `routed_marks` are parts of the names of the routed experts' tensors. `router_module` is where
+    the loaded model keeps the router inside a layer, and `router_gives` what it returns first.
+    `files` are copied beside the weights, and `stock` says whether transformers has the class.
     """
 
     model_type: str
@@ -190,6 +192,7 @@ class MoeTarget:
     places: Mapping[str, Rule] = field(default_factory=dict)
     extras: Callable[[Body, MoeShape, str], Mapping[str, Weight]] = lambda body, shape, dtype: {}
     router_module: str = "mlp.gate"
+    router_gives: Literal["logits", "shares"] = "logits"
     absorbs: frozenset[str] = frozenset()
     fuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     on_disk: Mapping[str, str] = field(default_factory=dict)
@@ -197,11 +200,21 @@ class MoeTarget:
     routed_marks: tuple[str, ...] = (".experts.",)
     files: Mapping[str, Path] = field(default_factory=dict)
     stock: bool = True
+    compatible: Callable[[MoeTarget, Body], MoeTarget] = lambda target, body: target
 
     @property
     def recipe_name(self) -> str:
         """What a recipe calls this target."""
         return self.model_type
+
+    @property
+    def text_model_type(self) -> str:
+        """The model type of the decoder alone."""
+        return self.model_type
+
+    def alone(self, name: str) -> str:
+        """Return what the decoder alone calls a stored tensor of the result."""
+        return name
 
     def neutral(self, shape: MoeShape) -> float:
         """Return what one chosen expert is multiplied by when the router says nothing."""
@@ -278,6 +291,10 @@ class MoeTarget:
             if name.startswith(ours):
                 return theirs + name.removeprefix(ours)
         return name
+
+    def router_name(self, layer: int) -> str:
+        """Return what the files call the router's rows of a layer."""
+        return self._stored_name(layer_name(layer, self.router))
 
     def place(self, name: str, weight: Weight, body: Body) -> Iterator[tuple[str, Weight]]:
         """Yield one of Llama's tensors as this target stores it."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from moe_convert.families.body import Body
 from moe_convert.ffn import Weight
 from moe_convert.targets.base import TRANSFORMERS, Engine, MoeShape, MoeTarget, stacked
+from moe_convert.transforms import root_scaled, transparent_norm
 
 BRANCH_SIZE = 64
 """Neurons of the dense branch, which must exist: all zero, and divisible for tensor parallelism."""
@@ -18,25 +18,17 @@ DAMPING = 2.0**-12
 def _router_norm(weight: Weight, body: Body) -> Mapping[str, Weight]:
     """Give both branches the norm before the FFN, and the router the same input as the experts.
 
-    The router has a plain RMSNorm, a scale per channel and a factor hidden size ** -0.5. Rounding
-    of the scale moves tokens between experts and not the function, so it need not be exact.
+    The router has a plain RMSNorm, a scale per channel and a factor hidden size ** -0.5.
     """
-    root = math.sqrt(body.hidden_size)
     return {
         "pre_feedforward_layernorm.weight": weight,
         "pre_feedforward_layernorm_2.weight": weight,
-        "router.scale": weight.map(lambda tensor: tensor * root, rounds=False),
+        "router.scale": root_scaled(weight),
     }
 
 
 def _transparent_norm(body: Body, shape: MoeShape, dtype: str) -> dict[str, Weight]:
-    """Add the zero branch, and make the norm behind the experts one that the next one undoes.
-
-    Dense computes N(x) = x / sqrt(m + eps) with m the mean of x², and here a norm comes before:
-    N(c N(s x)) = x / sqrt(m (1 + eps / c²) + (eps / c s)²). With c s = sqrt(eps) that is N(x) but
-    for m eps / c², which fp32 does not see for c of 4 or more. A factor s = c = 1 would lose eps:
-    an error of eps / 2m, large where an FFN's output is small.
-    """
+    """Add the zero branch, and make the norm behind the experts one that the next one undoes."""
     hidden, wide = body.hidden_size, (BRANCH_SIZE, body.hidden_size)
     ones = Weight.filled((hidden,), 1.0, dtype)
     return {
@@ -45,7 +37,7 @@ def _transparent_norm(body: Body, shape: MoeShape, dtype: str) -> dict[str, Weig
         "mlp.down_proj.weight": Weight.filled((hidden, BRANCH_SIZE), 0.0, dtype),
         "post_feedforward_layernorm_1.weight": ones,
         "post_feedforward_layernorm_2.weight": Weight.filled(
-            (hidden,), math.sqrt(body.norm_eps) / DAMPING, dtype
+            (hidden,), transparent_norm(body.norm_eps, DAMPING), dtype
         ),
         "router.per_expert_scale": Weight.filled((shape.num_experts,), DAMPING, dtype),
     }
@@ -66,6 +58,7 @@ ROWS = (
         },
         router="router.proj.weight",
         router_module="router",
+        router_gives="shares",
         routed=stacked("experts.gate_up_proj", "experts.down_proj"),
         always={"native": "gemma4"},
         sizes={"act": "hidden_activation"},

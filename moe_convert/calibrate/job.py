@@ -1,0 +1,203 @@
+"""A job: everything that a process needs to calibrate, resolved, as one JSON file.
+
+B rows · T tokens
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from moe_convert.calibrate.models import target_of
+from moe_convert.calibration import STEP_TOKENS, Calibration, Made, check, resolved
+from moe_convert.checkpoint import Source, read_folder
+from moe_convert.checkpoint.replace import WORK, recover
+from moe_convert.checkpoint.source import read_config
+from moe_convert.data import Data, SelfWriter, token_ids
+from moe_convert.errors import UsageError
+from moe_convert.manifest import Manifest, load_manifest
+from moe_convert.recipe import Recipe
+from moe_convert.runtime import chosen_device
+
+if TYPE_CHECKING:
+    import torch
+
+IDS, JOB = "ids.safetensors", "job.json"
+Progress = Callable[[str, int, int], None]
+SELF_TOKENS = 131_072
+HELD_ROWS = 8
+HELD_SHARE = 10
+"""At most so many rows, and one in so many, are kept out of training to measure on."""
+NO_EFFECT = ("enabled", "save_every", "keep", "trackers", "guards")
+"""Settings that do not decide what the weights become."""
+
+
+class Job(BaseModel):
+    """What to train, on which rows, beside which dense model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    dense: Path
+    section: Calibration
+    data: Data
+    fingerprint: str
+    steps: int
+    batch_size: int
+    num_held: int
+    width: int
+    top_k: int
+    world_size: int = 1
+    resume: bool = True
+    device: str = "cpu"
+
+    def save(self, ids_BT: torch.Tensor) -> Path:
+        """Write the job and its rows below the folder, for other processes to read."""
+        from safetensors.torch import save_file
+
+        root = self.folder / WORK
+        root.mkdir(exist_ok=True)
+        save_file({"ids": ids_BT.contiguous()}, root / IDS)
+        (root / JOB).write_text(self.model_dump_json(), encoding="utf-8")
+        return root / JOB
+
+
+def load_job(path: Path) -> tuple[Job, torch.Tensor]:
+    """Read what `Job.save` wrote."""
+    from safetensors.torch import load_file
+
+    ids_BT: torch.Tensor = load_file(path.parent / IDS)["ids"]
+    return Job.model_validate_json(path.read_text(encoding="utf-8")), ids_BT
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for; the dense source has its files at hand."""
+
+    folder: Path
+    source: Source
+    section: Calibration
+    data: Data
+    world_size: int = 1
+    resume: bool = True
+    device: str = "auto"
+    progress: Progress = lambda what, done, total: None
+
+
+def prepare(request: Request) -> tuple[Job, torch.Tensor]:
+    """Resolve and check a request; return the job and its rows [B, T].
+
+    Raises:
+        UsageError: a setting cannot work, or the data cannot be read.
+        SourceError: the folder was not written by moe-convert.
+    """
+    folder, device = request.folder, chosen_device(request.device)
+    recover(folder)
+    manifest = load_manifest(folder)
+    made = _made(folder, manifest)
+    section = resolved(request.section, made.method, gpu=device == "cuda")
+    check(section, made)
+    assert section.max_tokens is not None
+    data = _data(request.data, section.max_tokens)
+    vocab_size = int(_text_config(folder)["vocab_size"])
+    writer = SelfWriter(request.source, request.progress, request.device)
+    ids_BT = token_ids(data, request.source.folder, vocab_size, writer)
+    rows = _rows(section, ids_BT.shape[1], request.world_size)
+    num_held = min(HELD_ROWS, -(-len(ids_BT) // HELD_SHARE), len(ids_BT) - 1)
+    steps = max(1, section.max_tokens // (rows * ids_BT.shape[1]))
+    assert request.source.folder is not None
+    job = Job(
+        folder=folder,
+        dense=request.source.folder,
+        section=section,
+        data=data.public,
+        fingerprint=_fingerprint(manifest, section, rows, ids_BT),
+        steps=min(steps, section.max_steps or steps),
+        batch_size=rows,
+        num_held=num_held,
+        width=ids_BT.shape[1],
+        top_k=made.top_k,
+        world_size=request.world_size,
+        resume=request.resume,
+        device=device,
+    )
+    return job, ids_BT
+
+
+def _data(data: Data, max_tokens: int) -> Data:
+    """Return the data as training reads it: the source's own text where none is given.
+
+    Its own text takes long to write, so a long run goes over it several times.
+    """
+    train = "self" if data.train is None else data.train
+    if train == "self":
+        max_tokens = min(max_tokens, SELF_TOKENS)
+    return data.model_copy(update={"train": train, "max_tokens": max_tokens})
+
+
+def _made(folder: Path, manifest: Manifest) -> Made:
+    target = target_of(folder)
+    return Made(
+        method=Recipe.model_validate(manifest.recipe).experts,
+        target=target,
+        exact=manifest.exact,
+        top_k=manifest.target.top_k,
+        selection_bias=any(target.keeps_dtype(name) for name in read_folder(folder)),
+    )
+
+
+def _text_config(folder: Path) -> dict[str, Any]:
+    config = read_config(folder / "config.json")
+    return dict(config.get("text_config", config))
+
+
+def _rows(section: Calibration, width: int, world_size: int) -> int:
+    """Return the rows of one step: a multiple of the parts that processes cut it into.
+
+    Raises:
+        UsageError: the number given is none.
+    """
+    parts = world_size * section.grad_accum
+    assert section.max_tokens is not None
+    usual = max(1, min(STEP_TOKENS, section.max_tokens) // width)
+    rows = section.batch_size or -(-usual // parts) * parts
+    if rows % parts:
+        raise UsageError(
+            f"A batch of {rows} rows cannot be cut into {world_size} processes x "
+            f"{section.grad_accum} accumulated parts.",
+            f"Use a multiple of {parts} for --batch-size.",
+        )
+    return rows
+
+
+def _fingerprint(manifest: Manifest, section: Calibration, rows: int, ids_BT: torch.Tensor) -> str:
+    """Return a hash of everything that decides the result, the number of processes aside."""
+    weights = [f.sha256 for f in manifest.target.files if f.path.endswith(".safetensors")]
+    settings = section.model_dump_json(exclude=set(NO_EFFECT))
+    parts = [settings, str(rows), str(tuple(ids_BT.shape)), *weights]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    digest.update(ids_BT.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def world_size() -> int:
+    """Return how many processes a launcher says there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def order(num_rows: int, start: int, count: int, seed: int) -> list[int]:
+    """Return the rows at `count` positions from `start` on, in passes of a new order each."""
+    import torch
+
+    found: list[int] = []
+    while len(found) < count:
+        turn, offset = divmod(start + len(found), num_rows)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
+        found += torch.randperm(num_rows, generator=generator)[offset:].tolist()
+    return found[:count]

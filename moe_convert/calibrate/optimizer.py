@@ -1,0 +1,93 @@
+"""AdamW on fp32 masters: routers at a rate of their own, cosine with warm-up, one clipped norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from moe_convert.calibrate.models import Trained
+from moe_convert.calibration import Calibration, Schedule
+
+STATE = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each tensor."""
+
+
+def rate_at(schedule: Schedule, step: int, steps: int) -> float:
+    """Return what the learning rate of step 0, 1, … is multiplied by; never zero."""
+    warmup = math.ceil(schedule.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule.name == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Stepper:
+    """Moves the trained tensors; holds the only optimiser state there is."""
+
+    def __init__(self, trained: Sequence[Trained], section: Calibration, steps: int) -> None:
+        """Make a group for every learning rate."""
+        self.trained, self._section, self._steps = list(trained), section, steps
+        settings = section.optimizer
+        assert settings.lr is not None
+        assert settings.router_factor is not None
+        groups: dict[float, list[torch.Tensor]] = {}
+        for one in self.trained:
+            factor = settings.router_factor if one.part == "router" else 1.0
+            groups.setdefault(settings.lr * factor * one.rate, []).append(one.master)
+        self._peaks = list(groups)
+        self._optimizer = torch.optim.AdamW(
+            [{"params": tensors, "lr": rate} for rate, tensors in groups.items()],
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=self.trained[0].master.device.type == "cuda",
+        )
+
+    @property
+    def lr(self) -> float:
+        """The largest learning rate of the last step."""
+        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+
+    def step(self, number: int) -> torch.Tensor:
+        """Take the step of this number with the gradients at hand; return their norm."""
+        masters = [one.master for one in self.trained]
+        for one in self.trained:
+            if one.master is not one.parameter and one.parameter.grad is not None:
+                one.master.grad = one.parameter.grad.float()
+                one.parameter.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(masters, self._section.clip_norm)
+        factor = rate_at(self._section.schedule, number, self._steps)
+        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._publish()
+        return norm
+
+    def _publish(self) -> None:
+        """Give the model the new values, in its own dtype."""
+        with torch.no_grad():
+            for one in self.trained:
+                if one.master is not one.parameter:
+                    one.parameter.copy_(one.master)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return masters and the optimiser's state by name."""
+        found = {f"master/{one.name}": one.master for one in self.trained}
+        for one in self.trained:
+            state = self._optimizer.state.get(one.master, {})
+            found |= {f"{part}/{one.name}": state[part] for part in STATE if state}
+        return found
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take up what `tensors` returned."""
+        for one in self.trained:
+            with torch.no_grad():
+                one.master.copy_(tensors[f"master/{one.name}"])
+            if f"step/{one.name}" in tensors:
+                device = one.master.device
+                state = {part: tensors[f"{part}/{one.name}"].to(device) for part in STATE}
+                self._optimizer.state[one.master] = state
+        self._publish()

@@ -1,0 +1,105 @@
+"""What the routers of a model do while it runs, and the two ways in which that is changed.
+
+Every MoE layer has a router module that returns logits, weights and chosen experts, or logits
+alone, and an `experts` module that is called with states, chosen experts and weights.
+
+L MoE layers · T tokens · E routed experts · K chosen experts · D hidden size
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_convert.calibrate.models import modules_of
+from moe_convert.losses import straight_through
+from moe_convert.targets import MoeTarget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Watch:
+    """Records logits and choices of every MoE layer while `recording`."""
+
+    def __init__(
+        self, model: PreTrainedModel, target: MoeTarget, top_k: int, *, dense_router: bool = False
+    ) -> None:
+        """Hook every layer; with `dense_router` the routers hear of all experts."""
+        self.target, self.top_k, self._dense_router = target, top_k, dense_router
+        self.logits: list[torch.Tensor] = []
+        self.chosen: list[torch.Tensor] = []
+        self._recording = False
+        self._order_T: torch.Tensor | None = None
+        self._last: dict[int, torch.Tensor] = {}
+        routers = [module for _, module in modules_of(model, target.router_module)]
+        self.num_layers = len(routers)
+        self.num_experts = max(p.shape[0] for p in routers[0].parameters() if p.dim() == 2)
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(functools.partial(self._routed, layer))
+        for layer, (_, experts) in enumerate(modules_of(model, "experts") if dense_router else ()):
+            experts.register_forward_hook(functools.partial(self._mixed, layer))
+
+    def _routed(self, layer: int, router: torch.nn.Module, args: Any, out: Any) -> Any:
+        """Record what a router returned, and return what is used in its place."""
+        logits_TE = (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
+        if self.target.router_gives == "shares":
+            logits_TE = logits_TE.clamp(min=1e-30).log()
+        self._last[layer] = logits_TE
+        if self._recording:
+            chosen_TK = out[2] if isinstance(out, tuple) else logits_TE.topk(self.top_k).indices
+            self.logits.append(logits_TE)
+            self.chosen.append(chosen_TK.detach())
+        if self._order_T is not None:
+            order_T = self._order_T.to(logits_TE.device)
+            return tuple(part[order_T] for part in out) if isinstance(out, tuple) else out[order_T]
+        return (out[0], out[1].detach(), out[2]) if self._dense_router else out
+
+    def _mixed(
+        self, layer: int, module: Any, args: tuple[Any, ...], out: torch.Tensor
+    ) -> torch.Tensor:
+        """Run every expert on every token, and let the router hear of it."""
+        if self._order_T is not None or not torch.is_grad_enabled():
+            return out
+        hidden, chosen_TK, weights_TK = args
+        logits_TE = self._last[layer]
+        one = torch.ones_like(chosen_TK[:, :1])
+        with torch.no_grad():
+            outputs = [
+                module.forward(hidden, one * e, one.to(weights_TK.dtype)).flatten(0, -2)
+                for e in range(self.num_experts)
+            ]
+        sigmoid = self.target.scoring == "sigmoid"
+        scores_TE = logits_TE.float().sigmoid() if sigmoid else logits_TE.float().softmax(-1)
+        scale_T1 = weights_TK.float().sum(-1, keepdim=True)
+        gates_TE = scores_TE / scores_TE.gather(1, chosen_TK).sum(-1, keepdim=True) * scale_T1
+        mixed = straight_through(out.flatten(0, -2), torch.stack(outputs), gates_TE)
+        return mixed.view_as(out)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record one forward pass; a recomputation in the backward pass is none."""
+        self.logits, self.chosen, self._recording = [], [], True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    @contextmanager
+    def permuted(self, num_tokens: int, generator: torch.Generator) -> Iterator[None]:
+        """Give every token the experts and weights of another one, the same in every layer."""
+        self._order_T = torch.randperm(num_tokens, generator=generator)
+        try:
+            yield
+        finally:
+            self._order_T = None
+
+    def counts(self) -> torch.Tensor:
+        """Return how often each expert was chosen in the recorded pass, fp32 [L, E]."""
+        chosen_LN = torch.stack([chosen_TK.flatten() for chosen_TK in self.chosen])
+        counts_LE = chosen_LN.new_zeros((self.num_layers, self.num_experts), dtype=torch.float32)
+        return counts_LE.scatter_add_(1, chosen_LN, torch.ones_like(chosen_LN, dtype=torch.float32))

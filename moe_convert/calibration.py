@@ -1,0 +1,294 @@
+"""The `calibration` section of a recipe, and what its open fields become for a conversion.
+
+Nothing here imports torch: the section is part of the recipe, and choices are made from the method.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from moe_convert.errors import UsageError
+from moe_convert.experts import Clone, Compose, ExpertsNode, SharedResidual, Split
+from moe_convert.targets import MoeTarget
+
+Part = Literal["router", "experts", "norms", "all"]
+Tracker = Literal["trackio", "tensorboard", "wandb"]
+PARTS: tuple[Part, ...] = get_args(Part)
+TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
+
+FULL_TOKENS = 2_000_000
+CPU_TOKENS = 131_072
+STEP_TOKENS = 8192
+"""Tokens of one optimiser step where nobody says otherwise."""
+
+
+class Node(BaseModel):
+    """A part of the section; fields it does not define are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Objective(Node):
+    """Weights of the loss terms; those that are not named keep what the method presets.
+
+    `distill` is the KL divergence from the dense model, `hidden` the squared error of every MoE
+    layer's output by itself, `lm` cross-entropy, `aux` the load balance of every layer and `z` the
+    squared log-sum-exp of router logits.
+    """
+
+    distill: float = Field(0.0, ge=0)
+    hidden: float = Field(0.0, ge=0)
+    lm: float = Field(0.0, ge=0)
+    aux: float = Field(0.0, ge=0)
+    z: float = Field(0.0, ge=0)
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The terms that count."""
+        return {name: weight for name, weight in self.model_dump().items() if weight}
+
+
+class Optimizer(Node):
+    """AdamW; an entry of a router moves in proportion to the spread of its rows.
+
+    An Adam step moves every entry by about the learning rate, whatever its size. Router rows come
+    in very different sizes - a split flattens them on purpose - and a step as large as the rows
+    would undo them, so their rate is `router_factor` times `lr` for rows of a spread of 0.02.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    lr: float | None = Field(None, gt=0, description="learning rate of all but the routers")
+    router_factor: float | None = Field(None, gt=0, description="what routers multiply it by")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class Schedule(Node):
+    """The learning rate over the run: linear warm-up, then cosine to zero, or constant."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps")
+
+
+class EarlyStop(Node):
+    """Stop when the smoothed loss has not fallen by `min_delta` for `patience` steps."""
+
+    patience: int | None = Field(None, ge=1)
+    min_delta: float = Field(0.0, ge=0)
+
+
+class Guards(Node):
+    """When a run counts as failed: exit code 5, and the weights stay those of the start."""
+
+    max_loss_ratio: float = Field(3.0, gt=1, description="loss over that of the first step")
+    max_ppl_ratio: float | None = Field(None, gt=0, description="perplexity over the dense model's")
+    max_dead_share: float | None = Field(None, ge=0, le=1, description="dead experts of all")
+
+
+class Calibration(Node):
+    """A short fine-tune of a converted checkpoint; null leaves a choice to the method."""
+
+    enabled: bool | None = Field(None, description="null: for splits, where there is a GPU")
+    train: tuple[Part, ...] | None = Field(None, description="router, experts, norms or all")
+    objective: Objective | None = None
+    bias_update: float = Field(0.0, ge=0, description="loss-free balancing: step of the biases")
+    dense_router: bool = Field(False, description="straight-through gradient from all experts")
+    max_tokens: int | None = Field(None, ge=16, description="tokens to train on, repeats included")
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1, description="rows of a step, over all processes")
+    grad_accum: int = Field(1, ge=1, description="parts that a process's rows are cut into")
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    clip_norm: float = Field(1.0, gt=0)
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    gradient_checkpointing: bool | None = Field(None, description="null: where memory is short")
+    teacher: Literal["shared", "offload"] = Field(
+        "shared", description="weights shared with the student, or streamed from the host"
+    )
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints that are kept")
+    early_stop: EarlyStop = EarlyStop()
+    guards: Guards = Guards()
+    trackers: tuple[Tracker, ...] = ()
+    seed: int = Field(0, ge=0, description="decides the order of the rows")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_part_is_a_list(cls, value: object) -> object:
+        return re.split(r"[+,]", value) if isinstance(value, str) else value
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _names_are_weights(cls, value: object) -> object:
+        """Read `distill+lm` as weights of one, and nothing for the other terms."""
+        if not isinstance(value, str):
+            return value
+        return {
+            **dict.fromkeys(Objective.model_fields, 0.0),
+            **dict.fromkeys(value.split("+"), 1.0),
+        }
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a method leaves to calibrate, with which loss and how fast.
+
+    Routers move at 1e-3 for rows of a spread of 0.02, one part in twenty of an entry a step, and
+    the experts of clones at a tenth of that. Those of a split have more to learn. Its routers, ten
+    times faster than they, got worse: KL to dense after 120 steps 0.56 instead of 0.35 (a model of
+    260k parameters at half of its FFN, from 1.0).
+    """
+
+    train: tuple[Part, ...]
+    objective: Mapping[str, float]
+    lr: float
+    router_factor: float = 10.0
+
+
+BALANCED = {"lm": 1.0, "aux": 0.01, "z": 0.001}
+PRESETS: dict[type, Preset] = {
+    Split: Preset(("router", "experts"), {"distill": 1.0}, 1e-3, router_factor=1.0),
+    Compose: Preset(("router",), BALANCED, 1e-4),
+    SharedResidual: Preset(("router", "experts"), BALANCED, 1e-4),
+    Clone: Preset(("router", "experts"), BALANCED, 1e-4),
+}
+"""The first class that a method is an instance of decides.
+
+A split has lost what the dense model knows and gets it back from the dense model's own logits; its
+router predicts which neurons matter, and balance would only make that worse. A composed model is
+none of its sources, so its routers learn from text.
+"""
+
+
+def resolved(section: Calibration, method: ExpertsNode, *, gpu: bool) -> Calibration:
+    """Return the section with every choice made that follows from the method and the machine."""
+    preset = next(preset for kind, preset in PRESETS.items() if isinstance(method, kind))
+    rates = {"lr": preset.lr, "router_factor": preset.router_factor}
+    given = section.optimizer.model_dump(exclude_none=True)
+    optimizer = Optimizer(**{**rates, **given})
+    tokens = section.max_tokens or (FULL_TOKENS if gpu else CPU_TOKENS)
+    precision = section.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if gpu else "no"
+    return section.model_copy(
+        update={
+            "train": section.train or preset.train,
+            "objective": _objective(section.objective, preset),
+            "optimizer": optimizer,
+            "max_tokens": tokens,
+            "mixed_precision": precision,
+        }
+    )
+
+
+def _objective(given: Objective | None, preset: Preset) -> Objective:
+    named = given.model_dump(exclude_unset=True) if given else {}
+    everything = dict.fromkeys(Objective.model_fields, 0.0)
+    return Objective(**{**everything, **preset.objective, **named})
+
+
+def wanted(section: Calibration, method: ExpertsNode, exact: bool, *, gpu: bool) -> bool:
+    """Return whether `upcycle` calibrates: by itself only what is of no use without."""
+    if section.enabled is not None:
+        return section.enabled
+    return gpu and isinstance(method, Split) and not exact
+
+
+@dataclass(frozen=True)
+class Made:
+    """The conversion that is to be calibrated, as far as the choices depend on it.
+
+    `exact` says that its function was the dense one whatever the routers say or, for splits, with
+    every expert chosen; `selection_bias` that the target stores one.
+    """
+
+    method: ExpertsNode
+    target: MoeTarget
+    exact: bool
+    top_k: int
+    selection_bias: bool
+
+
+def check(section: Calibration, made: Made) -> None:
+    """Refuse a resolved section that cannot do what it says.
+
+    Raises:
+        UsageError: with the reason.
+    """
+    assert section.objective is not None
+    assert section.train is not None
+    terms = section.objective.terms
+    if not terms and not section.bias_update:
+        raise UsageError(
+            "calibration.objective has no term that counts.", "Give one a weight, such as lm: 1."
+        )
+    if terms.get("hidden") and set(terms) & {"distill", "lm"}:
+        raise UsageError(
+            "The hidden objective trains layer by layer and cannot be mixed with distill or lm.",
+            "Run them one after the other.",
+        )
+    others = [part for part in section.train if part != "router"]
+    if others and not set(terms) & {"distill", "lm", "hidden"}:
+        raise UsageError(
+            f"Balance alone says nothing to {', '.join(others)}.",
+            "Use --train router, or add distill or lm to the objective.",
+        )
+    _check_balance(section, made)
+    learned = [name for name in terms if name in {"distill", "lm", "hidden"}]
+    if learned and not others:
+        _check_router_gradient(" and ".join(learned), made)
+
+
+def _check_balance(section: Calibration, made: Made) -> None:
+    target = made.target
+    if section.bias_update and not made.selection_bias:
+        raise UsageError(
+            f"{target.model_type} stores no selection bias, which loss-free balancing updates.",
+            "Use --aux-coef, or convert to glm4_moe.",
+        )
+    if section.dense_router and (target.weights_sum is None or target.fixed_top_k):
+        raise UsageError(
+            f"The weights of {target.model_type}'s experts are not scores over their sum, which "
+            "the straight-through gradient takes them for.",
+            "Leave --dense-router out.",
+        )
+
+
+def _check_router_gradient(names: str, made: Made) -> None:
+    """Refuse to train routers alone where the loss does not depend on them."""
+    target = made.target
+    if made.exact and not isinstance(made.method, Split):
+        raise UsageError(
+            "The experts are exact copies and their weights add up to a constant, so "
+            f"{names} give the routers no gradient.",
+            "Train the experts too (--train router+experts), convert with --noise, or balance only "
+            "(--objective aux).",
+        )
+    if target.fixed_top_k or (made.top_k == 1 and target.weights_sum is not None):
+        why = f"{target.model_type} gives" if target.fixed_top_k else "top-1 gives"
+        raise UsageError(
+            f"{why} the chosen experts the same weight whatever the router says, so {names} give "
+            "the routers no gradient.",
+            "Train the experts too (--train router+experts), or balance only (--objective aux).",
+        )
+
+
+def patterns(parts: tuple[Part, ...], target: MoeTarget) -> dict[Part, re.Pattern[str]]:
+    """Return what the loaded model calls the tensors of each part, routers first.
+
+    The names are those in memory: experts lie in `experts`, shared ones beside them, and a router
+    is the weight of the module that `router_module` names.
+    """
+    router = re.escape(f".{target.router_module}.")
+    known: dict[Part, str] = {
+        "router": rf"{router}(\w+\.)*weight$",
+        "experts": r"\.(experts|shared_experts?|shared_mlp)\.",
+        "norms": r"(^|\.)[^.]*norm[^.]*\.(weight|bias)$",
+        "all": r"",
+    }
+    return {part: re.compile(known[part]) for part in known if part in parts}

@@ -1,0 +1,78 @@
+"""The data section of the recipe: which text, and how much of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIN_TOKENS = 16
+SELF = "self"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+class HubDataset(BaseModel):
+    """A data set on the Hub, read with the `datasets` package."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hub: str = Field(description="org/name")
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+class Data(BaseModel):
+    """The text that measurements and initialisers see.
+
+    Files longer than needed are read from their beginnings, each in proportion to its size. With a
+    `shuffle_seed` documents (lines of JSON, pieces of plain text) come in random order; null keeps
+    the order of the files and takes plain text as it runs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str | HubDataset | None = Field(
+        None,
+        description="self (the dense source writes it), a file, a glob, org/name or {hub: …}; "
+        "null: a short built-in text",
+    )
+    format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
+    text_field: str = Field("text", description="where JSON lines or tables keep the text")
+    messages_field: str | None = Field(None, description="chats, through the chat template")
+    seq_len: int = Field(1024, ge=MIN_TOKENS, description="tokens of one row")
+    max_tokens: int = Field(16_384, ge=MIN_TOKENS, description="tokens in all")
+    shuffle_seed: int | None = Field(0, ge=0, description="also decides what `self` writes")
+
+    @property
+    def is_self(self) -> bool:
+        """Whether the dense source writes the text; a file of that name is `./self`."""
+        return self.train == SELF
+
+    @property
+    def hub(self) -> HubDataset | None:
+        """The Hub data set, which `org/name[@revision]` names too if there is no such path."""
+        if isinstance(self.train, HubDataset) or self.train is None:
+            return self.train
+        if Path(self.train).expanduser().exists() or not HUB_NAME.fullmatch(self.train):
+            return None
+        if Path(self.train).suffix.removeprefix(".") in {"txt", "jsonl", "parquet"}:
+            return None
+        name, _, revision = self.train.partition("@")
+        return HubDataset(hub=name, revision=revision or None)
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        if self.train is None:
+            return "built-in sample"
+        return self.hub.hub if self.hub else Path(str(self.train)).name
+
+    @property
+    def public(self) -> Data:
+        """The same without local folders."""
+        if not isinstance(self.train, str) or self.hub:
+            return self
+        return self.model_copy(update={"train": Path(self.train).name})

@@ -1,0 +1,282 @@
+"""Experts that are parts of the dense FFN, one class for each way to choose them.
+
+F FFN neurons · E routed experts · N neurons per expert
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from moe_convert.edits import EditNode, Refit, Tune
+from moe_convert.errors import UsageError
+from moe_convert.experts.base import Method, outside_config
+from moe_convert.ffn import Assignment, FfnSample, Grouping, Neurons
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_convert.targets import MoeShape, MoeTarget
+
+
+class Split(Method):
+    """Carve the FFN: each neuron goes to one expert, or is shared.
+
+    The sum over all experts is the dense FFN, so with every expert chosen and a neutral router the
+    function is exact; with fewer it is not. `router` is the initialiser that `auto` stands for.
+    """
+
+    method: Literal["split"] = "split"
+
+    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "states"
+    router: ClassVar[str] = "distill"
+    default_edits: ClassVar[tuple[EditNode, ...]] = ()
+
+    def expert_size(self, ffn_size: int, num_units: int) -> int:
+        """All units are equally wide.
+
+        Raises:
+            UsageError: the FFN does not divide evenly.
+        """
+        if ffn_size % num_units:
+            raise UsageError(
+                f"An FFN of {ffn_size} neurons cannot be cut into {num_units} equal experts.",
+                f"Choose a divisor of {ffn_size} as routed + shared experts.",
+            )
+        return ffn_size // num_units
+
+    def preserves(self, target: MoeTarget, shape: MoeShape, neutral_router: bool) -> bool:
+        """Exact when every expert is chosen with the same weight."""
+        equal = neutral_router or target.fixed_top_k is not None
+        return equal and shape.top_k == shape.num_experts
+
+    def routed_scale(self, target: MoeTarget, shape: MoeShape) -> float:
+        """Make every chosen expert count once."""
+        return 1.0 / target.neutral(replace(shape, routed_scale=1.0))
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Return which neurons go together, of a layer's FFN and what it receives.
+
+        Each is there if `needs` says so.
+        """
+        raise NotImplementedError
+
+    def assign(self, ffn_size: int, target: MoeTarget, shape: MoeShape, layer: int) -> Assignment:
+        """Return the neurons of every expert of a layer that nothing need be known of."""
+        return self.assigned(self.group(shape, layer, None, None), target, shape)
+
+    def assigned(self, grouping: Grouping, target: MoeTarget, shape: MoeShape) -> Assignment:
+        """Return a grouping with the factors that make every chosen expert count once."""
+        return Assignment(
+            routed_EN=grouping.routed_EN,
+            shared_N=grouping.shared_N,
+            source_E=(0,) * shape.num_experts,
+            routed_scale=outside_config(self.routed_scale(target, shape), target),
+            shared_scale=1.0 / target.shared_weight,
+        )
+
+    def layer_seed(self, layer: int) -> int:
+        """Return a seed of its own for every layer."""
+        return self.seed * 1_009 + layer
+
+
+class Contiguous(Split):
+    """Neurons in their order, the first ones shared (MLPMoE, arXiv 2511.21089, slices like this).
+
+    Needs no data: with every expert chosen it is exact, and good for nothing else without training.
+    """
+
+    strategy: Literal["contiguous"] = "contiguous"
+    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "nothing"
+    router: ClassVar[str] = "normal"
+    paper: ClassVar[str] = "arXiv 2511.21089"
+    summary: ClassVar[str] = "cut the FFN in the order of its neurons"
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Deal out the neurons: the first ones are shared."""
+        import torch
+
+        return _dealt(torch.arange(shape.dense_size), shape)
+
+
+class Random(Split):
+    """Neurons in random order (LLaMA-MoE, Zhu et al. 2024, arXiv 2406.16554).
+
+    Of its ways to split that paper found this one best before long continued pre-training.
+    """
+
+    strategy: Literal["random"] = "random"
+    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "nothing"
+    router: ClassVar[str] = "normal"
+    paper: ClassVar[str] = "arXiv 2406.16554"
+    summary: ClassVar[str] = "cut the FFN into random groups of neurons"
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Deal out the neurons in an order of the layer's own."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.layer_seed(layer))
+        return _dealt(torch.randperm(shape.dense_size, generator=generator), shape)
+
+
+class Weights(Split):
+    """Parameter clustering of MoEfication (Zhang et al. 2021, arXiv 2110.01786)."""
+
+    strategy: Literal["weights"] = "weights"
+    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "weights"
+    paper: ClassVar[str] = "arXiv 2110.01786"
+    summary: ClassVar[str] = "balanced clusters of the gate's rows"
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Cluster the rows of the gate."""
+        from moe_convert.grouping import moefication
+
+        assert neurons is not None
+        return moefication.weights(
+            neurons, shape.num_experts, shape.shared_size, self.layer_seed(layer)
+        )
+
+
+class Coactivation(Split):
+    """Co-activation graph of MoEfication (Zhang et al. 2021, arXiv 2110.01786)."""
+
+    strategy: Literal["coactivation"] = "coactivation"
+    paper: ClassVar[str] = "arXiv 2110.01786"
+    summary: ClassVar[str] = "neurons that fire together, by cutting their graph"
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Cut the graph of neurons that fire together."""
+        from moe_convert.grouping import moefication
+
+        assert neurons is not None
+        assert sample is not None
+        return moefication.coactivation(
+            neurons, sample, shape.num_experts, shape.shared_size, self.layer_seed(layer)
+        )
+
+
+class Cmoe(Split):
+    """CMoE (Pei et al. 2025, arXiv 2502.04416), faithful to its released code."""
+
+    strategy: Literal["cmoe"] = "cmoe"
+    router: ClassVar[str] = "representative"
+    paper: ClassVar[str] = "arXiv 2502.04416"
+    summary: ClassVar[str] = (
+        "share what fires most, cluster the rest by the tokens that it fires on"
+    )
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Group by the tokens that mark each neuron."""
+        from moe_convert.grouping import cmoe
+
+        assert neurons is not None
+        assert sample is not None
+        return cmoe.group(
+            neurons, sample, shape.num_experts, shape.shared_size, self.layer_seed(layer)
+        )
+
+
+class ExpertWeaver(Split):
+    """ExpertWeaver (2026, arXiv 2602.15521), with one width of the shared expert in all layers."""
+
+    strategy: Literal["expertweaver"] = "expertweaver"
+    router: ClassVar[str] = "mean-gate"
+    paper: ClassVar[str] = "arXiv 2602.15521"
+    summary: ClassVar[str] = "balanced clusters of each gate's mean activation over texts"
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Group by profiles over the texts."""
+        from moe_convert.grouping import expertweaver
+
+        assert neurons is not None
+        assert sample is not None
+        return expertweaver.group(
+            neurons, sample, shape.num_experts, shape.shared_size, self.layer_seed(layer)
+        )
+
+
+class Gradient(Split):
+    """Residual split by first-order importance (LLaMA-MoE v2, Qu et al. 2024, arXiv 2411.15708)."""
+
+    strategy: Literal["gradient"] = "gradient"
+    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "gradients"
+    router: ClassVar[str] = "grouped"
+    paper: ClassVar[str] = "arXiv 2411.15708"
+    summary: ClassVar[str] = "neurons by their importance to clusters of tokens"
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Group by importance to each cluster of hidden states, whose centres are router rows."""
+        from moe_convert.grouping import gradient
+
+        assert neurons is not None
+        assert sample is not None
+        return gradient.group(
+            neurons, sample, shape.num_experts, shape.shared_size, self.layer_seed(layer)
+        )
+
+
+class Contribution(Split):
+    """Neurons by what they contribute, as far as a linear router can predict it.
+
+    A neuron contributes |h|·‖w‖ to a token, w its column of `down`. The neurons with the largest
+    mean square of that are shared; the others form balanced clusters by the direction in which
+    least squares predicts their contribution from the FFN's input, so that a linear router can tell
+    which cluster a token needs. Then the experts are tuned on the layer's own error and `down` is
+    solved again for the inputs that the converted model really sends. Composed for this package out
+    of the parts that did best; no paper has just this.
+    """
+
+    strategy: Literal["contribution"] = "contribution"
+    default_edits: ClassVar[tuple[EditNode, ...]] = (Tune(), Refit())
+    paper: ClassVar[str] = "this package"
+    summary: ClassVar[str] = (
+        "share the largest contributions, cluster the rest by what predicts them"
+    )
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Group by predicted contributions."""
+        from moe_convert.grouping import contribution
+
+        assert neurons is not None
+        assert sample is not None
+        return contribution.group(
+            neurons, sample, shape.num_experts, shape.shared_size, self.layer_seed(layer)
+        )
+
+
+def _dealt(order_F: torch.Tensor, shape: MoeShape) -> Grouping:
+    shared, rest = order_F[: shape.shared_size], order_F[shape.shared_size :]
+    return Grouping(shared, rest.view(shape.num_experts, -1))
+
+
+STRATEGIES: dict[str, type[Split]] = {
+    "contribution": Contribution,
+    "coactivation": Coactivation,
+    "cmoe": Cmoe,
+    "expertweaver": ExpertWeaver,
+    "gradient": Gradient,
+    "weights": Weights,
+    "random": Random,
+    "contiguous": Contiguous,
+}
+"""Ways to choose the neurons of every expert, by name."""

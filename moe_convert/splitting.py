@@ -1,0 +1,234 @@
+"""Splits that are made of data: layer by layer, along the dense and the converted stream.
+
+D hidden size · F FFN neurons · E routed experts · T tokens
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_convert.carving import Carved, relative_error
+from moe_convert.checkpoint import Source
+from moe_convert.data.writing import load_writer
+from moe_convert.edits import Fit, edited
+from moe_convert.experts import Split
+from moe_convert.ffn import Experts, Ffn, FfnSample, Grouping, Neurons, Weight, gather, torch_dtype
+from moe_convert.gradients import spill_gradients
+from moe_convert.inputs import Inputs
+from moe_convert.manifest import SplitReport
+from moe_convert.plan import Plan, blank_experts
+from moe_convert.plan.layout import Named, without_ffn
+from moe_convert.routers import Routed, States, routed
+from moe_convert.runtime import exact_products, products
+from moe_convert.streams import ConvertedStream, DenseStream
+
+if TYPE_CHECKING:
+    import torch
+
+PORTION = 8192
+"""Tokens that go through a dense FFN at once."""
+MEASURED = 8192
+"""Tokens on which the error of a layer is measured, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One layer: the FFN with its fitted values, who has which neurons, and the router's rows."""
+
+    ffn: Ffn
+    grouping: Grouping
+    router_ED: torch.Tensor
+
+
+class Splitter:
+    """Makes the experts and the router of one layer after the other, in their order.
+
+    Every layer is fitted to what it receives from the layers that were made before it, and then run
+    as it is stored, through the target's own class.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        local: Source,
+        weights: Mapping[str, Weight],
+        inputs: Inputs,
+        is_written: Callable[[int], bool],
+        device: str = "cpu",
+    ) -> None:
+        """Embed the data; `is_written` says which layers an earlier run has finished."""
+        method = plan.recipe.experts
+        assert isinstance(method, Split)
+        self._plan, self._method, self._weights = plan, method, weights
+        self._inputs, self._is_written, self._device = inputs, is_written, device
+        self._rest = {
+            n: self._alone(named) for n, named in without_ffn(plan.layout, weights).items()
+        }
+        with self._products():
+            self._dense = DenseStream(
+                local.config, plan.layout.family, weights, inputs.data_BT, device
+            )
+            self._converted = ConvertedStream(
+                plan.layout.text_config, self._rest[None], inputs.data_BT, device
+            )
+        self._gradients = _gradients(local, plan, inputs, method, device)
+        self._found: dict[int, Routed] = {}
+        self._errors: dict[int, float] = {}
+        self._local_errors: dict[int, float] = {}
+
+    @contextlib.contextmanager
+    def _products(self) -> Iterator[None]:
+        """Compute as the recipe wants it, and remember nothing for gradients."""
+        import torch
+
+        runtime = self._plan.recipe.runtime
+        with torch.no_grad(), products(self._device, runtime.precision):
+            yield
+
+    def __call__(self, layer: int) -> tuple[Experts, Weight]:
+        """Return the layer's experts and router rows [E, D]."""
+        plan = self._plan
+        ffn = plan.layout.family.ffn(layer, self._weights, plan.layout.body).cast(plan.dtype)
+        size = (plan.shape.num_experts, plan.layout.body.hidden_size)
+        if self._is_written(layer):
+            return blank_experts(ffn, plan.shape), Weight.filled(size, 0.0, plan.dtype)
+        with self._products():
+            made = self._make(layer, ffn)
+        assignment = self._method.assigned(made.grouping, plan.target, plan.shape)
+        experts = edited(
+            gather((made.ffn,), assignment), self._method.edits, self._method.seed, layer
+        )
+        return experts, Weight.of(made.router_ED, plan.dtype)
+
+    def _alone(self, named: Named) -> dict[str, Weight]:
+        """Return tensors by the names that the decoder alone has for them."""
+        return {self._plan.target.alone(name): weight for name, weight in named}
+
+    def _make(self, layer: int, ffn: Ffn) -> Made:
+        plan, seed = self._plan, self._method.layer_seed(layer)
+        neurons = Neurons.of(ffn, self._device)
+        sample = self._sample(layer, neurons)
+        grouping = self._method.group(plan.shape, layer, neurons, sample)
+        rows_ED = self._rows(layer, neurons, grouping, sample.x_TD)
+        stored_ED = rows_ED.to(torch_dtype(plan.dtype)).float()
+        self._found[layer] = routed(stored_ED, sample.x_TD, plan.shape, 1)
+        carved = Carved.of(neurons, grouping, stored_ED, plan.shape.top_k)
+        for edit in self._method.edits:
+            if isinstance(edit, Fit):
+                carved = edit.fit(carved, sample, seed)
+        part = slice(0, None, max(1, len(sample.x_TD) // MEASURED))
+        given_TD = carved(sample.x_TD[part])
+        self._local_errors[layer] = relative_error(given_TD, sample.target_TD[part])
+        return Made(_stored(carved.neurons, ffn), grouping, rows_ED.cpu())
+
+    def _sample(self, layer: int, neurons: Neurons) -> FfnSample:
+        """Bring both streams to a layer; return what its FFN receives and should give."""
+        dense_TD = self._dense.reach(layer)
+        x_TD = self._converted.enter(layer, self._rest[layer])
+
+        def given_TD() -> torch.Tensor:
+            import torch
+
+            parts = dense_TD.split(PORTION)
+            return torch.cat([neurons.hidden(part_TD) @ neurons.down_DF.T for part_TD in parts])
+
+        gain = self._converted.gain
+        if gain is None:
+            target_TD = given_TD()
+        else:
+            target_TD = (self._dense.states_TD - self._converted.left_TD) / gain
+        gradient = self._gradients.loaders[layer] if self._gradients.loaders else None
+        row = self._inputs.data_BT.shape[1]
+        return FfnSample(x_TD, dense_TD, target_TD, row, gradient, given_TD)
+
+    def _rows(
+        self, layer: int, neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the router's rows, scaled so that the chosen experts' weights are as wanted."""
+        router, plan = self._plan.recipe.router, self._plan
+        seed = router.seed * 100_003 + layer
+        if router.fitted:
+            rows_ED = router.fit(neurons, grouping, x_TD, seed)
+        else:
+            size = (plan.shape.num_experts, plan.layout.body.hidden_size)
+            rows_ED = router.rows(*size, layer, States(x_TD.cpu())).to(x_TD.device)
+        return router.scaled(rows_ED, x_TD, None)
+
+    def leave(self, layer: int | None, tensors: Named) -> None:
+        """Run the converted stream through a layer that was written."""
+        if layer is None:
+            return
+        with self._products():
+            self._dense.reach(layer)
+            with exact_products(self._device):
+                self._converted.leave(layer, self._alone(tensors))
+            self._errors[layer] = relative_error(self._converted.states_TD, self._dense.states_TD)
+
+    def pass_over(self, layer: int | None, tensors: Named) -> None:
+        """Measure the router of a layer that an earlier run wrote, for the report."""
+        if layer not in self._plan.shape.moe_layers:
+            return
+        assert layer is not None
+        with self._products():
+            self._dense.reach(layer)
+            x_TD = self._converted.enter(layer, self._rest[layer])
+            name = self._plan.target.router_name(layer)
+            rows_ED = dict(tensors)[name].load().float().to(x_TD.device)
+            self._found[layer] = routed(rows_ED, x_TD, self._plan.shape, 1)
+
+    @property
+    def found(self) -> dict[int, Routed]:
+        """What the routers do with the data, by layer."""
+        return self._found
+
+    @property
+    def report(self) -> SplitReport:
+        """How far the converted stream is from the dense one after every layer."""
+        return SplitReport(
+            layers=list(self._errors),
+            stream_error=list(self._errors.values()),
+            layer_error=[self._local_errors.get(layer) for layer in self._errors],
+        )
+
+    def close(self) -> None:
+        """Remove what was spilled to disk."""
+        self._gradients.close()
+
+
+class _Gradients:
+    """Loaders of every layer's gradients, and the folder in which they lie."""
+
+    def __init__(self) -> None:
+        self.loaders: tuple[Callable[[], torch.Tensor], ...] = ()
+        self._files = contextlib.ExitStack()
+
+    def folder(self) -> Path:
+        return Path(self._files.enter_context(tempfile.TemporaryDirectory()))
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def _gradients(local: Source, plan: Plan, inputs: Inputs, method: Split, device: str) -> _Gradients:
+    """Run the dense model backwards if the method asks for that."""
+    found = _Gradients()
+    if method.needs != "gradients":
+        return found
+    model = load_writer(local.folder).to(device)
+    found.loaders = spill_gradients(model, plan.layout.family, inputs.data_BT, found.folder())
+    return found
+
+
+def _stored(neurons: Neurons, like: Ffn) -> Ffn:
+    """Return fitted values as a network that is stored as the old one."""
+    return Ffn(
+        Weight.of(neurons.gate_FD.cpu(), like.gate_FD.dtype),
+        Weight.of(neurons.up_FD.cpu(), like.up_FD.dtype),
+        Weight.of(neurons.down_DF.cpu(), like.down_DF.dtype),
+        like.act,
+    )

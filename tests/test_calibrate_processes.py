@@ -1,0 +1,117 @@
+"""Calibration on two processes: the same result as on one, and no silent mistakes of launchers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_convert.calibrate.launch import asked_for, launched
+from moe_convert.calibrate.run import run
+from moe_convert.checkpoint import read_folder
+from moe_convert.errors import MoeConvertError, UsageError
+from tests.conftest import Dense
+from tests.test_calibrate import job_of
+from tests.test_cli import invoke
+from tests.tools import converted
+
+NOISY: dict[str, Any] = {"experts__edits": [{"edit": "noise", "std": 0.1}]}
+OBJECTIVE = {"distill": 1.0, "lm": 1.0, "aux": 0.1, "z": 0.01}
+TORCHRUN = ("--standalone", "--nproc_per_node", "2")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"The river had risen {n} times.\n" for n in range(300)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def original(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original") / "out"
+    converted(dense(), folder, target__architecture="glm4_moe", **NOISY)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_two_processes_equal_one(original: Path, dense: Dense, text: Path, tmp_path: Path) -> None:
+    """The same global batch of four rows; balance terms and biases see all of it."""
+    one, two = (Path(shutil.copytree(original, tmp_path / name)) for name in ("one", "two"))
+    settings: dict[str, Any] = {"objective": OBJECTIVE, "bias_update": 0.01}
+    expected = run(*job_of(one, dense(), text, **settings))
+    job, ids_BT = job_of(two, dense(), text, **settings)
+    job = job.model_copy(update={"world_size": 2})
+    report = launched(job.save(ids_BT), "torchrun", TORCHRUN, "hide")
+    assert report.num_processes == 2
+    assert report.loss_last == pytest.approx(expected.loss_last, abs=1e-5)
+    mine, theirs = read_folder(one), read_folder(two)
+    for name in mine:
+        torch.testing.assert_close(mine[name].read(), theirs[name].read(), atol=1e-5, rtol=0)
+    lines = (two / "calibration.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
+
+
+def test_fewer_processes_than_asked_for_are_an_error(
+    original: Path, dense: Dense, text: Path, tmp_path: Path
+) -> None:
+    """`accelerate launch --cpu --num_processes 2` silently runs one."""
+    folder = Path(shutil.copytree(original, tmp_path / "out"))
+    result = invoke(
+        "calibrate", folder, "--source", dense(), "--data", text, "--launcher", "accelerate",
+        "--", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no",
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "2 processes were asked for, and 1 run" in result.stderr
+
+
+def test_an_error_in_a_worker_is_the_command_s_own(
+    original: Path, dense: Dense, text: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "out"))
+    job, ids_BT = job_of(folder, dense(), text, optimizer={"lr": 1e30})
+    with pytest.raises(MoeConvertError, match="diverged at step") as found:
+        launched(job.save(ids_BT), "torchrun", ("--standalone", "--nproc_per_node", "1"), "hide")
+    assert found.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "count"),
+    [
+        ("torchrun", ("--nproc_per_node", "2"), 2),
+        ("torchrun", ("--nnodes=2", "--nproc-per-node=4"), 8),
+        ("accelerate", ("--num_processes=3", "--config_file", "f.yaml"), 3),
+    ],
+)
+def test_launchers_are_read(launcher: str, arguments: tuple[str, ...], count: int) -> None:
+    assert asked_for(launcher, arguments) == count
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "reason"),
+    [
+        ("torchrun", (), "do not say how many"),
+        ("torchrun", ("--nproc_per_node", "gpu"), "do not say how many"),
+        ("mpirun", ("-n", "2"), "is not one of none, accelerate, torchrun"),
+    ],
+)
+def test_launchers_that_cannot_be_read_are_refused(
+    launcher: str, arguments: tuple[str, ...], reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        asked_for(launcher, arguments)
+
+
+def test_arguments_without_a_launcher_are_refused(original: Path) -> None:
+    result = invoke("calibrate", original, "--", "--num_processes", "2")
+    assert result.exit_code == 2
+    assert "Add --launcher" in result.stderr
