@@ -198,7 +198,8 @@ def _wait_for_main(request: Request) -> None:
 
     from moe_convert.calibrate.job import prepare
 
-    with PartialState().main_process_first():
+    cpu = chosen_device(request.device) == "cpu"
+    with PartialState(cpu=cpu).main_process_first():
         prepare(request)
 
 

@@ -106,9 +106,12 @@ class Calibration(Node):
     schedule: Schedule = Schedule()
     clip_norm: float = Field(1.0, gt=0)
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    gradient_checkpointing: bool | None = Field(None, description="null: where memory is short")
+    gradient_checkpointing: bool = Field(False, description="compute layers twice, save memory")
     teacher: Literal["shared", "offload"] = Field(
         "shared", description="weights shared with the student, or streamed from the host"
+    )
+    parallel: Literal["replicate", "fsdp", "experts"] = Field(
+        "replicate", description="on several processes: what each of them holds"
     )
     save_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints that are kept")

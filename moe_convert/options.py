@@ -270,8 +270,8 @@ CHOICES: dict[str, Choice] = {
         ("calibration.optimizer.lr",),
         float,
         "--lr",
-        "Learning rate of the experts; routers multiply it by 10, those of splits by 1 (default: by "
-        "method).",
+        "Learning rate of the experts; routers multiply it by 10, those of splits by 1 "
+        "(default: by method).",
         "Calibration",
     ),
     "grad_checkpointing": Choice(
@@ -286,6 +286,14 @@ CHOICES: dict[str, Choice] = {
         str,
         "--mixed-precision",
         "auto, no or bf16 with fp32 routers and optimiser (default: auto, bf16 on a GPU).",
+        "Calibration",
+    ),
+    "parallel": Choice(
+        ("calibration.parallel",),
+        str,
+        "--parallel",
+        "What each of several processes holds: replicate (all, default), fsdp (a part of every "
+        "tensor) or experts (as fsdp, and some experts).",
         "Calibration",
     ),
     "save_every": Choice(

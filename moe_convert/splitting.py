@@ -113,8 +113,9 @@ class Splitter:
         plan, seed = self._plan, self._method.layer_seed(layer)
         neurons = Neurons.of(ffn, self._device)
         sample = self._sample(layer, neurons)
-        grouping = self._method.group(plan.shape, layer, neurons, sample)
-        rows_ED = self._rows(layer, neurons, grouping, sample.x_TD)
+        with exact_products(self._device):
+            grouping = self._method.group(plan.shape, layer, neurons, sample)
+            rows_ED = self._rows(layer, neurons, grouping, sample.x_TD)
         stored_ED = rows_ED.to(torch_dtype(plan.dtype)).float()
         self._found[layer] = routed(stored_ED, sample.x_TD, plan.shape, 1)
         carved = Carved.of(neurons, grouping, stored_ED, plan.shape.top_k)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_convert.card import refresh_card, write_card
 from moe_convert.checkpoint import Source, open_source, sha256_of
+from moe_convert.checkpoint.replace import recover
 from moe_convert.convert import Progress, convert, silent
 from moe_convert.errors import MoeConvertError, VerificationError
 from moe_convert.manifest import Manifest, VerifyReport, load_manifest
@@ -47,6 +48,7 @@ def verify_folder(
     Raises:
         SourceError: the folder or a given source cannot be read.
     """
+    recover(folder)
     manifest = load_manifest(folder) if (folder / "moe_convert.json").is_file() else None
     recipe = Recipe.model_validate(manifest.recipe) if manifest else None
     source = _open_dense(recipe, model, token)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from moe_convert.calibrate.loop import Models
 from moe_convert.calibrate.models import load, prepare_student, share_weights, target_of
 from moe_convert.calibrate.optimizer import Stepper, rate_at
 from moe_convert.calibrate.report import Silent, StepRecord
-from moe_convert.calibrate.run import run, stored_tensors
+from moe_convert.calibrate.run import named_tensors, run, stored_tensors
 from moe_convert.calibrate.watch import Watch
 from moe_convert.calibration import Calibration, Schedule, patterns, wanted
 from moe_convert.checkpoint import open_source, read_folder
@@ -198,7 +199,7 @@ def test_every_target_has_its_parts_and_goes_back_to_the_same_bytes(
         assert watch.counts().sum(dim=1).tolist() == [48.0] * 3
         assert all(logits.shape == (24, 4) for logits in watch.logits)
         models = Models(model, model, None, watch, Stepper(trained, section, 1))
-        stored = dict(stored_tensors(folder, models))
+        stored = dict(stored_tensors(folder, model, named_tensors(models)))
         assert stored
         for name, tensor in stored.items():
             assert torch.equal(refs[name].read(), tensor.to(refs[name].read().dtype)), name
@@ -666,7 +667,7 @@ def test_the_panel_shows_losses_speed_and_load() -> None:
 
     from moe_convert.calibrate.panel import LivePanel, heat
 
-    console = Console(width=110, record=True, force_terminal=True, file=open(os.devnull, "w"))
+    console = Console(width=110, record=True, force_terminal=True, file=StringIO())
     record = StepRecord(
         step=3,
         steps=9,
@@ -685,7 +686,6 @@ def test_the_panel_shows_losses_speed_and_load() -> None:
     panel.step(record)
     console.print(panel._panel(record))
     shown = console.export_text()
-    console.file.close()
     for part in ("3 of 9", "distill 0.2500", "4,321 tokens/s", "2 dead experts", "1 ███"):
         assert part in shown
     colours = {str(span.style) for span in heat(record.load).spans}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from moe_convert.calibrate.run import run
 from moe_convert.checkpoint import read_folder
 from moe_convert.errors import MoeConvertError, UsageError
 from tests.conftest import Dense
-from tests.test_calibrate import job_of
+from tests.test_calibrate import Stop, job_of
 from tests.test_cli import invoke
 from tests.tools import converted
 
@@ -34,7 +36,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def original(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("original") / "out"
-    converted(dense(), folder, target__architecture="glm4_moe", **NOISY)
+    shared = {"target__architecture": "glm4_moe", "target__shared_experts": 1}
+    converted(dense(), folder, **shared, **NOISY)
     return folder
 
 
@@ -43,15 +46,26 @@ def _on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-def test_two_processes_equal_one(original: Path, dense: Dense, text: Path, tmp_path: Path) -> None:
-    """The same global batch of four rows; balance terms and biases see all of it."""
+@pytest.mark.parametrize("parallel", ["replicate", "fsdp", "experts"])
+def test_two_processes_equal_one(
+    parallel: str, original: Path, dense: Dense, text: Path, tmp_path: Path
+) -> None:
+    """The same global batch of four rows; balance terms and biases see all of it.
+
+    The last one goes on where a run on one process was cut short.
+    """
     one, two = (Path(shutil.copytree(original, tmp_path / name)) for name in ("one", "two"))
     settings: dict[str, Any] = {"objective": OBJECTIVE, "bias_update": 0.01}
     expected = run(*job_of(one, dense(), text, **settings))
+    if parallel == "experts":
+        with pytest.raises(RuntimeError, match="killed"):
+            run(*job_of(two, dense(), text, **settings), Stop(3))
     job, ids_BT = job_of(two, dense(), text, **settings)
-    job = job.model_copy(update={"world_size": 2})
+    section = job.section.model_copy(update={"parallel": parallel})
+    job = job.model_copy(update={"world_size": 2, "section": section})
     report = launched(job.save(ids_BT), "torchrun", TORCHRUN, "hide")
     assert report.num_processes == 2
+    assert report.resumed_from == (2 if parallel == "experts" else None)
     assert report.loss_last == pytest.approx(expected.loss_last, abs=1e-5)
     mine, theirs = read_folder(one), read_folder(two)
     for name in mine:
@@ -72,6 +86,24 @@ def test_fewer_processes_than_asked_for_are_an_error(
     )  # fmt: skip
     assert result.exit_code == 1
     assert "2 processes were asked for, and 1 run" in result.stderr
+
+
+def test_the_command_runs_under_a_launcher_that_a_user_started(
+    original: Path, dense: Dense, text: Path, tmp_path: Path
+) -> None:
+    """Both processes prepare, one prints and writes."""
+    folder = Path(shutil.copytree(original, tmp_path / "out"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN, "-m", "moe_convert"]
+    options = ["--seq-len", "32", "--max-steps", "2", "--batch-size", "2", "--json"]
+    source = ["--source", str(dense()), "--data", str(text)]
+    done = subprocess.run(
+        [*launcher, "calibrate", str(folder), *source, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["calibration"]["num_processes"] == 2
 
 
 def test_an_error_in_a_worker_is_the_command_s_own(

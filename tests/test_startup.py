@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_the_process_without_torch_reads_a_config_alike(
 def test_a_plan_is_the_same_from_there(
     dense: Dense, fill: Filled, family: str, variant: str, target: str
 ) -> None:
-    changes = {"target__architecture": target, "target__shared_experts": 0}
+    changes: dict[str, Any] = {"target__architecture": target, "target__shared_experts": 0}
     here = planned(dense(family, variant), router__measure=False, **changes)
     there = plan_source(here.recipe, here.source, fill=fill)
     assert (there.config, there.steps) == (here.config, here.steps)

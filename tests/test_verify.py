@@ -148,9 +148,7 @@ def test_only_what_the_source_holds_in_float32_may_be_so(dense: Dense, tmp_path:
     assert manifest.state == "verified"
     assert manifest.target.float32 == [NORM]
     assert verify(tmp_path / "out", None, wide=[NORM]).passed
-    assert verify(tmp_path / "out", None).failures == [
-        f"{NORM} is F32, and config.json says BF16"
-    ]
+    assert verify(tmp_path / "out", None).failures == [f"{NORM} is F32, and config.json says BF16"]
     edit_tensors(tmp_path / "out", lambda d: d.update({UP: d[UP].float()}))
     report, _ = verify_folder(tmp_path / "out", str(source))
     assert report.failures == [f"{UP} is F32, and config.json says BF16"]

@@ -34,7 +34,7 @@ SELF_TOKENS = 131_072
 HELD_ROWS = 8
 HELD_SHARE = 10
 """At most so many rows, and one in so many, are kept out of training to measure on."""
-NO_EFFECT = ("enabled", "save_every", "keep", "trackers", "guards")
+NO_EFFECT = ("enabled", "save_every", "keep", "trackers", "guards", "parallel", "teacher")
 """Settings that do not decide what the weights become."""
 
 
@@ -103,6 +103,8 @@ def prepare(request: Request) -> tuple[Job, torch.Tensor]:
     made = _made(folder, manifest)
     section = resolved(request.section, made.method, gpu=device == "cuda")
     check(section, made)
+    if section.parallel != "replicate":
+        _check_parallel(section.parallel, request)
     assert section.max_tokens is not None
     data = _data(request.data, section.max_tokens)
     vocab_size = int(_text_config(folder)["vocab_size"])
@@ -128,6 +130,21 @@ def prepare(request: Request) -> tuple[Job, torch.Tensor]:
         device=device,
     )
     return job, ids_BT
+
+
+def _check_parallel(parallel: str, request: Request) -> None:
+    """Refuse to cut what cannot be cut."""
+    if request.world_size == 1:
+        raise UsageError(
+            f"--parallel {parallel} has no effect on one process.",
+            "Start several with --launcher.",
+        )
+    empty = [name for name, ref in read_folder(request.folder).items() if not ref.num_bytes]
+    if empty:
+        raise UsageError(
+            f"{empty[0]} has no elements, and transformers cannot cut such tensors.",
+            "Use --parallel replicate, or convert with --shared-experts 1.",
+        )
 
 
 def _data(data: Data, max_tokens: int) -> Data:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moe_convert.calibrate.shards import is_cut, whole
 from moe_convert.calibration import PARTS, Calibration, Part, patterns
 from moe_convert.checkpoint.names import auto_class
 from moe_convert.checkpoint.source import read_config
@@ -72,7 +73,7 @@ class Trained:
         """What its learning rate is multiplied by: for routers, the spread of the rows."""
         if self.part != "router":
             return 1.0
-        spread = float(self.master.detach().square().mean().sqrt())
+        spread = float(whole(self.master.detach()).square().mean().sqrt())
         return spread / NOMINAL_SPREAD if spread else 1.0
 
 
@@ -106,7 +107,8 @@ def prepare_student(
     if dtype != torch.float32:
         masters = {n: p.data.to(device) for n, p in parameters if n in parts}
         _narrow(model, target, dtype)
-    model.to(device)
+    if section.parallel == "replicate":
+        model.to(device)
     if section.gradient_checkpointing:
         _checkpoint(model)
     trained = []
@@ -181,6 +183,11 @@ def _all_names(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+    if (
+        is_cut(other)
+        or one.shape != other.shape
+        or one.dtype != other.dtype
+        or one.device != other.device
+    ):
         return False
     return bool(torch.equal(one, other))

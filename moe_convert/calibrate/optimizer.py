@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from moe_convert.calibrate.models import Trained
+from moe_convert.calibrate.shards import clip, fill, is_cut, whole
 from moe_convert.calibration import Calibration, Schedule
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -38,11 +39,14 @@ class Stepper:
             factor = settings.router_factor if one.part == "router" else 1.0
             groups.setdefault(settings.lr * factor * one.rate, []).append(one.master)
         self._peaks = list(groups)
+        self._cut = any(is_cut(one.master) for one in self.trained)
+        cuda = self.trained[0].master.device.type == "cuda"
         self._optimizer = torch.optim.AdamW(
             [{"params": tensors, "lr": rate} for rate, tensors in groups.items()],
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            fused=self.trained[0].master.device.type == "cuda",
+            fused=cuda and not self._cut,
+            foreach=False if self._cut else None,
         )
 
     @property
@@ -57,7 +61,8 @@ class Stepper:
             if one.master is not one.parameter and one.parameter.grad is not None:
                 one.master.grad = one.parameter.grad.float()
                 one.parameter.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(masters, self._section.clip_norm)
+        clipped = clip if self._cut else torch.nn.utils.clip_grad_norm_
+        norm: torch.Tensor = clipped(masters, self._section.clip_norm)
         factor = rate_at(self._section.schedule, number, self._steps)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
@@ -75,19 +80,22 @@ class Stepper:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return masters and the optimiser's state by name."""
-        found = {f"master/{one.name}": one.master for one in self.trained}
+        found = {f"master/{one.name}": whole(one.master.detach()) for one in self.trained}
         for one in self.trained:
             state = self._optimizer.state.get(one.master, {})
-            found |= {f"{part}/{one.name}": state[part] for part in STATE if state}
+            found |= {f"{part}/{one.name}": whole(state[part]) for part in STATE if state}
         return found
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take up what `tensors` returned."""
         for one in self.trained:
             with torch.no_grad():
-                one.master.copy_(tensors[f"master/{one.name}"])
+                fill(one.master, tensors[f"master/{one.name}"])
             if f"step/{one.name}" in tensors:
-                device = one.master.device
-                state = {part: tensors[f"{part}/{one.name}"].to(device) for part in STATE}
+                device = one.master.device if self._optimizer.defaults["fused"] else "cpu"
+                state = {"step": tensors[f"step/{one.name}"].to(device)}
+                for part in STATE[1:]:
+                    state[part] = torch.zeros_like(one.master.detach())
+                    fill(state[part], tensors[f"{part}/{one.name}"])
                 self._optimizer.state[one.master] = state
         self._publish()

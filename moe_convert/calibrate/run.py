@@ -31,6 +31,7 @@ from moe_convert.calibrate.models import (
 )
 from moe_convert.calibrate.optimizer import Stepper
 from moe_convert.calibrate.report import Log, Silent, StepRecord, Watcher, check_trackers
+from moe_convert.calibrate.shards import config_of, whole
 from moe_convert.calibrate.watch import Watch
 from moe_convert.checkpoint import read_folder
 from moe_convert.checkpoint.replace import commit, stage_tensors, stage_text
@@ -74,8 +75,9 @@ def run(job: Job, ids_BT: torch.Tensor, watcher: Watcher | None = None) -> Calib
     after = _beside_teacher(job, models, held_BT, watcher, "after")
     report = _report(job, loop, before, after, accelerator.num_processes)
     watcher.phase("writing")
+    named = named_tensors(models)
     if accelerator.is_main_process:
-        _write_back(job, stored_tensors(job.folder, models), report)
+        _write_back(job, stored_tensors(job.folder, models.student, named), report)
     accelerator.wait_for_everyone()
     return report
 
@@ -157,13 +159,20 @@ def _accelerator(job: Job) -> Accelerator:
 def _models(job: Job, accelerator: Accelerator) -> Models:
     section, target = job.section, target_of(job.folder)
     dtype = torch.bfloat16 if section.mixed_precision == "bf16" else torch.float32
-    student = load(job.folder, torch.float32)
-    trained = prepare_student(student, target, section, dtype, accelerator.device)
+    replicated = section.parallel == "replicate"
+    cut = (section.parallel, accelerator.num_processes)
+    sharding = (
+        {} if replicated else {"distributed_config": config_of(*cut, bf16=dtype.itemsize == 2)}
+    )
+    student = load(job.folder, torch.float32, **sharding)
+    own = dtype if replicated else torch.float32
+    trained = prepare_student(student, target, section, own, accelerator.device)
     if not trained:
         raise MoeConvertError("The model has no tensor that the section trains.")
     watch = Watch(student, target, job.top_k, dense_router=section.dense_router)
     stepper = Stepper(trained, section, job.steps)
-    wrapped = accelerator.prepare(student) if accelerator.num_processes > 1 else student
+    several = accelerator.num_processes > 1 and replicated
+    wrapped = accelerator.prepare(student) if several else student
     return Models(student, wrapped, None, watch, stepper)
 
 
@@ -292,21 +301,26 @@ def _describe(manifest: Manifest, job: Job, report: CalibrationReport) -> None:
     manifest.recipe["data"] = job.data.model_dump(mode="json")
 
 
-def stored_tensors(folder: Path, models: Models) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every trained tensor by its name on disk, a layer at a time.
+def named_tensors(models: Models) -> dict[str, torch.Tensor]:
+    """Return every trained tensor, whole, by all its names in memory; every process must ask."""
+    masters = {id(one.parameter): one.master.detach() for one in models.stepper.trained}
+    found: dict[str, torch.Tensor] = {
+        name: whole(masters[id(parameter)])
+        for name, parameter in models.student.named_parameters(remove_duplicate=False)
+        if id(parameter) in masters
+    }
+    return found | dict(models.biases)
+
+
+def stored_tensors(
+    folder: Path, student: PreTrainedModel, named: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors in memory by their names on disk, a layer at a time.
 
     A tied tensor has several names, of which the folder need not have each.
     """
-    student = models.student
-    masters = {id(one.parameter): one.master.detach() for one in models.stepper.trained}
-    changed: dict[str, torch.Tensor] = {
-        name: masters[id(parameter)]
-        for name, parameter in student.named_parameters(remove_duplicate=False)
-        if id(parameter) in masters
-    }
-    changed |= dict(models.biases)
     groups: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in changed.items():
+    for name, tensor in named.items():
         layer = re.search(r"\.\d+\.", name)
         groups.setdefault(layer[0] if layer else "", {})[name] = tensor
     aliases = getattr(student, "all_tied_weights_keys", None) or {}

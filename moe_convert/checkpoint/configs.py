@@ -6,9 +6,11 @@ a plan has no use for. `aside` asks a process of its own, in which torch is hidd
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, Any
@@ -48,13 +50,18 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def aside() -> Iterator[Filled]:
-    """Yield what answers like `filled`: a process without torch, unless torch is imported here."""
+def aside(*, torch_follows: bool = False) -> Iterator[Filled]:
+    """Yield what answers like `filled`: a process without torch, unless torch is imported here.
+
+    With `torch_follows` it is imported here while that process starts.
+    """
     if "torch" in sys.modules:
         yield filled
-    else:
-        with apart() as fill:
-            yield fill
+        return
+    with apart() as fill:
+        if torch_follows:
+            threading.Thread(target=importlib.import_module, args=("torch",)).start()
+        yield fill
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Hasher:
         self._waiting = queue.SimpleQueue[tuple[int, Path]]()
         for number, path in enumerate(paths):
             self._waiting.put((number, path))
-        count = min(len(paths), max(1, (os.cpu_count() or 1) // 2))
+        count = min(len(paths), os.cpu_count() or 1)
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
         for thread in self._threads:
             thread.start()

@@ -55,7 +55,8 @@ def make_plan(recipe: Recipe, token: str | None = None, *, only_plan: bool = Fal
             "Give text with --data, or leave --no-download out.",
         )
     runs_models = recipe.verify.enabled or recipe.needs_input
-    with aside() if only_plan or not runs_models else nullcontext(filled) as fill:
+    light = aside(torch_follows=not only_plan) if only_plan or not runs_models else None
+    with light or nullcontext(filled) as fill:
         return plan_source(recipe, source, token, fill)
 
 
