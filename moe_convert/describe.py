@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe_convert.edits import EDITS
 from moe_convert.errors import UsageError
-from moe_convert.experts import METHODS
+from moe_convert.experts import METHODS, STRATEGIES, Split
 from moe_convert.families import FAMILIES, DenseFamily
 from moe_convert.families.custom import CUSTOM, CUSTOM_FAMILIES, CustomFamily
 from moe_convert.families.refused import REFUSED
@@ -17,6 +17,8 @@ from moe_convert.targets import TARGETS, MoeTarget
 from moe_convert.wrappers import WRAPPERS, Wrapper
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pydantic import BaseModel
 
 ROUTING = {"softmax": "softmax over all experts, then top-k", "sigmoid": "sigmoid scores, top-k"}
@@ -113,25 +115,50 @@ def _target(target: MoeTarget) -> list[str]:
 
 
 def method_summaries() -> dict[str, str]:
-    """Return name and one line of every method and router initialiser."""
+    """Return name and one line of every method, strategy, edit and router initialiser."""
     methods = {name: f"{row.summary} ({row.paper})" for name, row in METHODS.items()}
+    methods["split"] = "cut the dense FFN into experts; strategy contribution unless said otherwise"
+    ways = {f"strategy {name}": f"{row.summary} ({row.paper})" for name, row in STRATEGIES.items()}
     edits = {f"edit {name}": f"{row.summary} ({row.paper})" for name, row in EDITS.items()}
     routers = {f"router {name}": text for name, text in Router.summaries.items()}
-    return methods | edits | routers
+    return methods | ways | edits | routers
 
 
 def describe_method(name: str) -> list[str]:
-    """Return documentation and options of a method or of the routers.
+    """Return documentation and options of a method, strategy, edit or router initialiser.
+
+    The word before its name in `method_summaries` may be left out.
 
     Raises:
-        UsageError: no method has this name.
+        UsageError: nothing has this name.
     """
     word, _, last = name.rpartition(" ")
-    known: dict[str, type[BaseModel]] = {**METHODS, **EDITS, "router": Router}
-    model = Router if word == "router" else known.get(last)
-    if model is None:
-        raise UsageError(f"There is no method {name!r}.", f"Known: {', '.join(known)}.")
+    if last in Router.summaries and word in {"", "router"}:
+        about = f"{last}: {Router.summaries[last]}"
+        return [about, "", f"Options of every router; this one is `init: {last}`.", *_node(Router)]
+    known: dict[str, type[BaseModel]]
+    known = {**METHODS, **_after("strategy", STRATEGIES), **_after("edit", EDITS), "router": Router}
+    full = next((one for one in known if name in {one, one.rpartition(" ")[2]}), None)
+    if full is None:
+        named = [*method_summaries(), "router"]
+        near = difflib.get_close_matches(name, [*named, *(n.split()[-1] for n in named)], n=1)
+        raise UsageError(
+            f"There is no method {name!r}.",
+            f"Did you mean {near[0]}?" if near else "See `moe-convert methods ls`.",
+        )
+    return _node(known[full])
+
+
+def _after(word: str, rows: Mapping[str, type[BaseModel]]) -> dict[str, type[BaseModel]]:
+    return {f"{word} {name}": row for name, row in rows.items()}
+
+
+def _node(model: type[BaseModel]) -> list[str]:
+    """Return the documentation of a recipe node and its fields."""
     lines = inspect.cleandoc(model.__doc__ or "").splitlines()
+    if issubclass(model, Split):
+        edits = ", ".join(edit.edit for edit in model.default_edits) or "none"
+        lines += ["", f"Where nothing else is asked for: router {model.router}, edits {edits}."]
     for field, info in model.model_fields.items():
         default = "(required)" if info.is_required() else f"= {info.default!r}"
         lines.append(f"  {field} {default}  {info.description or ''}".rstrip())

@@ -20,6 +20,7 @@ from moe_convert.data import (
     tokenizer_of,
     unwritten,
 )
+from moe_convert.edits import Refit
 from moe_convert.errors import UsageError
 from moe_convert.experts import Compose
 from moe_convert.recipe import Recipe
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from moe_convert.targets import MoeShape
+
+TOKENS_PER_NEURON = 4
+"""How many tokens `refit` needs at least for each column that it solves for."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def read_inputs(
             "centroid routers need.",
             "Give more text with --data.",
         )
+    _check_enough(recipe, shape, data_BT.numel())
     if recipe.router.kind != "prompts":
         return Inputs(data_BT)
     tokenizer = tokenizer_of(folder, "router.init prompts")
@@ -109,6 +114,17 @@ def read_inputs(
     if not all(bool(prompt.own_T.any()) for prompt in inputs.prompts):
         raise UsageError("The tokenizer makes no token of one of the prompts.", "Change it.")
     return inputs
+
+
+def _check_enough(recipe: Recipe, shape: MoeShape, num_tokens: int) -> None:
+    """Refuse data that least squares over all neurons would only repeat."""
+    needed = TOKENS_PER_NEURON * shape.dense_size
+    if any(isinstance(edit, Refit) for edit in recipe.experts.edits) and num_tokens < needed:
+        raise UsageError(
+            f"The data holds {num_tokens} tokens, and solving for {shape.dense_size} neurons needs "
+            f"{needed}, {TOKENS_PER_NEURON} for each.",
+            f"Give more text, set data.max_tokens to {needed} or more, or use --no-refit.",
+        )
 
 
 def prompts_per_expert(recipe: Recipe) -> tuple[Prompts, Prompts]:

@@ -100,8 +100,8 @@ CHOICES: dict[str, Choice] = {
         ("experts.strategy",),
         str,
         "--strategy",
-        "split: contribution (default), coactivation, cmoe, expertweaver, gradient, weights, random "
-        "or contiguous.",
+        "split: contribution (default), coactivation, cmoe, expertweaver, gradient, weights, "
+        "random or contiguous.",
         "Experts",
     ),
     "refit": Choice(
@@ -325,7 +325,11 @@ CHOICES: dict[str, Choice] = {
         "Calibration",
     ),
     "device": Choice(
-        ("runtime.device",), str, "--device", "auto (a GPU if there is one), cpu or cuda.", "Runtime"
+        ("runtime.device",),
+        str,
+        "--device",
+        "auto (a GPU if there is one), cpu or cuda.",
+        "Runtime",
     ),
     "max_shard_size": Choice(
         ("output.max_shard_size",),

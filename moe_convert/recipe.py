@@ -25,8 +25,8 @@ from pydantic import (
 
 from moe_convert.calibration import Calibration
 from moe_convert.data import Data
-from moe_convert.errors import UsageError
 from moe_convert.edits import Fit
+from moe_convert.errors import UsageError
 from moe_convert.experts import METHODS, STRATEGIES, Clone, ExpertsNode, Split
 from moe_convert.mergekit import imported, is_mergekit
 from moe_convert.routers import Router

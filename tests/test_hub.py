@@ -87,9 +87,7 @@ def test_a_token_is_sent_to_the_hub_alone(tiny: Hub, tmp_path: Path) -> None:
         assert TOKEN.encode() not in path.read_bytes()
 
 
-def test_a_hub_that_is_gone_is_a_hub_error(
-    tiny: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_is_gone_is_a_hub_error(tiny: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = "http://127.0.0.1:9"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nowhere)
     with pytest.raises(HubError, match="cannot be reached"):

@@ -130,7 +130,7 @@ def test_the_estimate(dense: Dense, tmp_path: Path) -> None:
 def test_the_estimate_counts_start_up_data_and_the_check(dense: Dense, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("word " * 20_000, encoding="utf-8")
-    weights_only = {"router__measure": False, "verify__enabled": False}
+    weights_only: dict[str, Any] = {"router__measure": False, "verify__enabled": False}
     copied = planned(dense(), **weights_only).estimate.time_s
     checked = planned(dense(), router__measure=False).estimate.time_s
     assert copied == (1.0, 3.0)

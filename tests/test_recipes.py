@@ -11,10 +11,13 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from moe_convert.data import HubDataset
-from moe_convert.experts import METHODS, Compose
+from moe_convert.describe import method_summaries
+from moe_convert.edits import EDITS
+from moe_convert.experts import METHODS, STRATEGIES, Compose
 from moe_convert.families import FAMILIES
 from moe_convert.plan import make_plan
 from moe_convert.recipe import SCHEMA, Recipe, build_recipe, gallery, load_recipe
+from moe_convert.routers import Router
 from moe_convert.targets import TARGETS
 from tests.conftest import Dense
 from tests.test_cli import invoke
@@ -130,18 +133,35 @@ def test_archs_are_listed_and_corrected() -> None:
     assert "Did you mean mixtral" in result.stderr
 
 
-@pytest.mark.parametrize("name", [*METHODS, "router"])
+@pytest.mark.parametrize("name", [*method_summaries(), "router"])
 def test_every_method_can_be_shown(name: str) -> None:
-    result = invoke("methods", "show", name)
-    assert result.exit_code == 0
-    assert "seed" in result.stdout
+    word, _, short = name.rpartition(" ")
+    result = invoke("methods", "show", *name.split())
+    assert result.exit_code == 0, result.stderr
+    assert ("edit =" if word == "edit" else "seed") in result.stdout
+    assert invoke("methods", "show", name).stdout == result.stdout
+    assert invoke("methods", "show", short).stdout == result.stdout
+
+
+def test_a_strategy_is_shown_with_what_it_does_by_default() -> None:
+    shown = invoke("methods", "show", "contribution").stdout
+    assert "router distill, edits tune, refit" in shown
+    assert invoke("methods", "show", "split").stdout == shown
+    assert "router representative, edits none" in invoke("methods", "show", "cmoe").stdout
+    assert "cross-entropy" in invoke("methods", "show", "distill").stdout
 
 
 def test_methods_are_listed() -> None:
     listed = json.loads(invoke("methods", "ls", "--json").stdout)["methods"]
-    assert set(METHODS) <= set(listed)
+    rows = {"strategy": STRATEGIES, "edit": EDITS, "router": Router.summaries}
+    named = {f"{word} {name}" for word, names in rows.items() for name in names}
+    assert set(listed) == {*METHODS, *named}
     assert "2212.05055" in listed["clone"]
-    assert invoke("methods", "show", "klone").exit_code == 2
+    assert "2502.04416" in listed["strategy cmoe"]
+    unknown = invoke("methods", "show", "contributoin")
+    assert unknown.exit_code == 2
+    assert "Did you mean contribution?" in unknown.stderr
+    assert invoke("methods", "show", "edit", "distill").exit_code == 2
 
 
 def test_version_and_environment() -> None:

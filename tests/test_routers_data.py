@@ -212,7 +212,7 @@ def test_rows_in_turns_give_the_states_of_all_at_once(
     ids = [torch.randint(VOCAB_SIZE, size, generator=generator) for size in ((5, 24), (1, 7))]
     monkeypatch.setattr(streams, "BATCH_TOKENS", 50)
     stream = DenseStream(source.config, family, weights, ids)
-    assert len(stream._states) == 4
+    assert len(stream.states) == 4
     masks = {id(call[0][1].get("attention_mask")) for call in stream._calls[:2]}
     assert len(masks) == 1, "rows of one length share their mask"
     expected = [ffn_inputs(folder, part) for part in ids]

@@ -74,7 +74,7 @@ def archs_show(
 
 @command(methods_app, "ls")
 def methods_ls(output: Output) -> None:
-    """List construction methods and router initialisers."""
+    """List ways to make experts, strategies to split, edits and router initialisers."""
     from moe_convert.describe import method_summaries
 
     found = method_summaries()
@@ -88,15 +88,16 @@ def methods_ls(output: Output) -> None:
 
 @command(methods_app, "show")
 def methods_show(
-    output: Output, name: Annotated[str, typer.Argument(help="A name from `methods ls`.")]
+    output: Output,
+    name: Annotated[list[str], typer.Argument(help="A name from `methods ls`.")],
 ) -> None:
     """Show a method's paper, what it does and its options."""
     from moe_convert.describe import describe_method
 
-    lines = describe_method(name)
+    lines = describe_method(" ".join(name))
     output.result(
         {"method": lines},
-        quiet=name,
+        quiet=" ".join(name),
         human=lambda c: c.print("\n".join(lines), markup=False),
     )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe_convert.errors import UsageError
-from moe_convert.experts.base import Method, outside_config, repeated
+from moe_convert.experts.base import Method, outside_config
 from moe_convert.ffn import Assignment
 
 if TYPE_CHECKING:

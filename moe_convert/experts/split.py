@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
-
 from moe_convert.edits import EditNode, Refit, Tune
 from moe_convert.errors import UsageError
 from moe_convert.experts.base import Method, outside_config

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from moe_convert.checkpoint import Source
+from moe_convert.edits import Fit
 from moe_convert.errors import UnsupportedError, UsageError
 from moe_convert.experts import Split
 from moe_convert.families import Body, DenseFamily
@@ -16,7 +17,6 @@ from moe_convert.recipe import Recipe, chosen_layers
 from moe_convert.targets import TARGETS, MoeShape, MoeTarget
 from moe_convert.targets.custom import custom_target
 from moe_convert.wrappers import WrappedFamily
-
 
 CUTS = (64, 32, 16, 8, 4)
 """How many experts an FFN is cut into when only the share that fires is given, finest first."""
@@ -144,6 +144,14 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
         raise UsageError(
             f"--top-k {wanted.top_k} is outside 1..{wanted.num_experts}, the number of experts."
         )
+    if not isinstance(recipe.experts, Split):
+        for edit in recipe.experts.edits:
+            if isinstance(edit, Fit):
+                raise UsageError(
+                    f"The edit {edit.edit} fits parts of one FFN to data, and experts.method is "
+                    f"{recipe.experts.method}.",
+                    "Use --method split, or leave it out.",
+                )
     if wanted.shared_experts > 1 and target.shared == "one":
         raise UsageError(
             f"{target.model_type} has one shared expert, got --shared-experts "

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_convert.compose import notes
-from moe_convert.experts import Compose
+from moe_convert.experts import Compose, Split
 from moe_convert.ffn import TORCH_NAMES
 from moe_convert.inputs import input_notes
 from moe_convert.plan.model import Note, Plan
 from moe_convert.wrappers import WrappedFamily
 
 LARGE_DROP = 0.5
+
+
+USABLE = 0.5
+"""Share of an FFN below which a split that is not trained says little of what the model knows."""
 
 
 def _honesty(plan: Plan) -> Iterator[Note]:
@@ -57,6 +61,26 @@ def _licences(plan: Plan) -> Iterator[Note]:
         )
 
 
+def _split_notes(plan: Plan) -> Iterator[Note]:
+    """Say what to expect of a split of which only a part fires."""
+    shape, method = plan.shape, plan.recipe.experts
+    if not isinstance(method, Split) or shape.top_k == shape.num_experts:
+        return
+    fires = shape.shared_size + shape.top_k * shape.expert_size
+    share = fires / (shape.shared_size + shape.num_experts * shape.expert_size)
+    if not plan.recipe.carves:
+        text = "Its experts and routers know nothing of each other, so the output will be noise"
+    elif share < USABLE:
+        text = "At this share the output is not usable as it is (perplexity three to four times)"
+    else:
+        text = "Expect a clearly higher perplexity (about twice at a half)"
+    yield Note(
+        "split_quality",
+        f"{share:.0%} of every FFN fires for a token. {text} until it is trained.",
+        "Add --calibrate, or let more of it fire.",
+    )
+
+
 def _download_notes(plan: Plan) -> Iterator[Note]:
     """Say what a source that stays on the Hub cannot be checked for."""
     if plan.source.streamed and plan.recipe.verify.enabled:
@@ -80,6 +104,7 @@ def warnings(plan: Plan) -> Iterator[Note]:
         )
     yield from _honesty(plan)
     yield from _source_notes(plan)
+    yield from _split_notes(plan)
     yield from _download_notes(plan)
     family = plan.layout.family
     unused = [name for name in plan.source.tensors if name.startswith(family.unused)]
