@@ -1,6 +1,6 @@
 """Splitting against its peers: perplexity after loading, for every strategy, fit and share.
 
-    python benchmarks/split.py --source MODEL --work DIR --data DIR [--device cuda] [--quick]
+    python benchmarks/split.py --source MODEL --work DIR --data DIR [--device cuda]
 
 Calibration is 64 rows of 1,024 tokens, evaluation all whole rows of each text (`--eval-rows` at
 most), in fp32. `--data` holds `calibration.*` and `eval-NAME.*` files of text or JSON lines. Every
@@ -9,16 +9,26 @@ control: the neurons with the largest energy, always on, fitted in the same way 
 it, with no routing; the mean compensation of FLAP (arXiv 2312.11983) is left out where the
 architecture has no place for a bias.
 
-What was tried and lost, on SmolLM2-135M at 25 % active with mixed calibration (WikiText-2 / code /
-C4, 48 rows each; 104 / 26.0 / 161 is clustering by contribution, router by cross-entropy, refit):
-clusters by predicted contribution 93 / 23.4 / 142 (kept); 32 steps of descent on the layer's own
-error 88 / 21.7 / 130 (kept), 100 steps 79 / 20.1 / 113 (too slow for a CPU by default); weighing
-tokens by the inverse energy of their stream 163 / 43.6 / 251; router onto each token's best experts
-238 / 65.8 / 381, by ridge regression 175 / 42.5 / 267, refitted twice in turn with `down`
-118 / 25.7 / 165, onto the gain of adding each expert 178 / 49.5 / 268; 4 shared of 16 firing
-110 / 28.2 / 163, 10 of 16 106 / 25.3 / 160; an absolute threshold at the same mean number of
-experts 114 / 28.1 / 178. Those with 163 and more weigh tokens or labels in a way that leaves the
-few neurons behind massive activations unshared.
+What was tried, simulated by masking the dense FFN of SmolLM2-135M-Instruct at 25 % active, 64
+parts, mixed calibration, one seed, one H200; perplexity of WikiText-2 / code / C4, 48 rows each:
+
+    dense                                                        24.2 /  8.3 /  28.6
+    static pruning, refit                                         182 / 38.5 /   332
+    static pruning, 32 steps of descent and refit                 146 / 30.9 /   257
+    clusters by contribution, cross-entropy router, refit         104 / 26.0 /   161
+    ... nothing fitted                                            508 /  161 /   707
+    ... clusters by predicted contribution (kept)                  93 / 23.4 /   142
+    ... 32 steps of descent on the layer's own error (kept)        88 / 21.7 /   130
+    ... 100 such steps (too slow for a CPU by default)             79 / 20.1 /   113
+    ... 200 steps, the router too, straight-through                75 / 18.8 /   103
+    ... 4 shared of the 16 that fire                              110 / 28.2 /   163
+    ... 10 shared of the 16                                       106 / 25.3 /   160
+    ... an absolute threshold at a mean of 7.2 routed experts     114 / 28.1 /   178
+    ... tokens weighed by the inverse energy of their stream      163 / 43.6 /   251
+
+The last row, and these, leave the few neurons behind massive activations unshared, because energy
+was weighed too: router onto each token's best experts 238, by ridge regression 175, onto the gain
+of adding each expert 178, fitted three times in turn with `down` 118 (WikiText-2).
 """
 
 from __future__ import annotations

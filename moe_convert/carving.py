@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PORTION = 8192
 """Tokens whose neurons are held at once."""
+GRAM_BLOCKS = 8
+"""Blocks of rows of a Gram matrix, of which only what is right of the diagonal is computed."""
 ILL_CONDITIONED = 1e5
 """Bound on a condition number from which fp32 would lose the solution."""
 WARM_UP = 0.1
@@ -84,12 +86,15 @@ def refit(
 
     down_DF = carved.neurons.down_DF
     width = down_DF.shape[1]
+    block = -(-width // GRAM_BLOCKS)
     gram_FF, cross_FD = down_DF.new_zeros(width, width), down_DF.new_zeros(width, len(down_DF))
     for x, target in _portions(x_TD, target_TD):
-        with exact_products(x.device.type):
-            hidden_TF = carved.hidden(x)
-        gram_FF.addmm_(hidden_TF.T, hidden_TF)
+        hidden_TF = carved.hidden(x)
+        for start in range(0, width, block):
+            part_TB = hidden_TF[:, start : start + block]
+            gram_FF[start : start + block, start:].addmm_(part_TB.T, hidden_TF[:, start:])
         cross_FD.addmm_(hidden_TF.T, target.float())
+    gram_FF = gram_FF.triu() + gram_FF.triu(1).T
     damping = ridge * float(gram_FF.diagonal().mean())
     if damping <= 0:
         return down_DF

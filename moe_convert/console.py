@@ -29,7 +29,7 @@ from moe_convert.units import num_bytes, num_params
 if TYPE_CHECKING:
     from moe_convert.devices import DeviceRow
     from moe_convert.hub import Pushed
-    from moe_convert.manifest import Manifest, Routing, VerifyReport
+    from moe_convert.manifest import Manifest, Routing, SplitReport, VerifyReport
     from moe_convert.plan import Plan
 
 RESULT_SCHEMA = "moe-convert/result/1"
@@ -340,6 +340,21 @@ def routing_lines(routing: Routing) -> Iterator[str]:
     )
 
 
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def split_lines(report: SplitReport) -> Iterator[str]:
+    """Yield how far the converted stream is from the dense one, drawn by layer."""
+    top = max(report.stream_error, default=0.0)
+    scale = (len(BLOCKS) - 1) / top if top else 0.0
+    drawn = "".join(BLOCKS[round(error * scale)] for error in report.stream_error)
+    last = report.stream_error[-1] if report.stream_error else 0.0
+    yield (
+        f"split     {drawn} stream error by layer: at most {top:.1%} of the dense stream's energy, "
+        f"{last:.1%} at the end"
+    )
+
+
 def verify_section(report: VerifyReport) -> dict[str, Any]:
     """Return the JSON section of a verification; what was not measured is left out."""
     return report.model_dump(exclude_none=True)
@@ -392,6 +407,8 @@ def manifest_sections(manifest: Manifest, folder: Path) -> dict[str, Any]:
         sections["artifacts"]["card"] = str(folder / "README.md")
     if manifest.routing is not None:
         sections["routing"] = manifest.routing.model_dump()
+    if manifest.split is not None:
+        sections["split"] = manifest.split.model_dump()
     if manifest.verify is not None:
         sections["verify"] = verify_section(manifest.verify)
     if manifest.calibration is not None:

@@ -22,7 +22,7 @@ from moe_convert.data import (
 )
 from moe_convert.edits import Refit
 from moe_convert.errors import UsageError
-from moe_convert.experts import Compose
+from moe_convert.experts import Compose, Split
 from moe_convert.recipe import Recipe
 from moe_convert.routers import Prompts, States
 
@@ -163,7 +163,10 @@ def check_inputs(
             f"{wanted} rows of {hidden_size} numbers cannot all be at right angles.",
             "Use --router normal.",
         )
-    unread = not recipe.needs_input and recipe.calibration.enabled is False
+    may_calibrate = recipe.calibration.enabled
+    if may_calibrate is None:
+        may_calibrate = isinstance(recipe.experts, Split)
+    unread = not recipe.needs_input and not may_calibrate
     if recipe.data.train is not None and unread:
         why = "router.init zeros" if router.kind == "zeros" else "--no-measure"
         raise UsageError(

@@ -249,8 +249,13 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, str]:
     """Return what ran the conversion, without anything that names the machine."""
-    return {
+    import torch
+
+    found = {
         "machine": platform.machine(),
         "system": platform.system(),
         "cores": str(os.cpu_count() or 1),
     }
+    if torch.cuda.is_available():
+        found["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return found

@@ -33,6 +33,7 @@ from moe_convert.routers import Router
 from moe_convert.runtime import Runtime
 
 SCHEMA: Final = "moe-convert/recipe/1"
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 SPLIT_TOKENS = 65_536
 """Tokens that a split is fitted to by default."""
@@ -144,6 +145,10 @@ class PushSection(Section):
 
 class Recipe(Section):
     """One conversion."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"$schema": DIALECT, "required": ["schema", "source"]}
+    )
 
     schema_id: Literal["moe-convert/recipe/1"] = Field(SCHEMA, alias="schema")
     name: str | None = None

@@ -222,6 +222,9 @@ def _notes(manifest: Manifest, made: Manifest) -> Iterator[str]:
         yield f"it was trained on {before.num_processes} processes then, and on one now"
     if manifest.hardware["machine"] != made.hardware["machine"]:
         yield f"it was made on {manifest.hardware['machine']}"
+    cards = [one.hardware.get("gpu", "no GPU") for one in (manifest, made)]
+    if cards[0] != cards[1]:
+        yield f"it was made with {cards[0]} then, and with {cards[1]} now"
 
 
 def _hashes(manifest: Manifest) -> dict[str, str]:

@@ -74,7 +74,11 @@ class Splitter:
                 local.config, plan.layout.family, weights, inputs.data_BT, device
             )
             self._converted = ConvertedStream(
-                plan.layout.text_config, self._rest[None], inputs.data_BT, device
+                plan.layout.text_config,
+                self._rest[None],
+                inputs.data_BT,
+                device,
+                plan.layout.family.token_tables,
             )
         self._gradients = _gradients(local, plan, inputs, method, device)
         self._found: dict[int, Routed] = {}
@@ -142,10 +146,16 @@ class Splitter:
         if gain is None:
             target_TD = given_TD()
         else:
-            target_TD = (self._dense.states_TD - self._converted.left_TD) / gain
+            target_TD = (self._wanted_TD(layer) - self._converted.left_TD) / gain
         gradient = self._gradients.loaders[layer] if self._gradients.loaders else None
         row = self._inputs.data_BT.shape[1]
         return FfnSample(x_TD, dense_TD, target_TD, row, gradient, given_TD)
+
+    def _wanted_TD(self, layer: int) -> torch.Tensor:
+        """Return what the converted stream should be after a layer, fp32 [T, D]."""
+        divisor = self._plan.target.stream_divisor(layer)
+        states_TD = self._dense.states_TD
+        return states_TD if divisor == 1 else states_TD / divisor
 
     def _rows(
         self, layer: int, neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor
@@ -168,7 +178,7 @@ class Splitter:
             self._dense.reach(layer)
             with exact_products(self._device):
                 self._converted.leave(layer, self._alone(tensors))
-            self._errors[layer] = relative_error(self._converted.states_TD, self._dense.states_TD)
+            self._errors[layer] = relative_error(self._converted.states_TD, self._wanted_TD(layer))
 
     def pass_over(self, layer: int | None, tensors: Named) -> None:
         """Measure the router of a layer that an earlier run wrote, for the report."""

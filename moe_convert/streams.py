@@ -40,6 +40,12 @@ Bibliothek ist am Sonntag geschlossen. Q: Which planet is closest to the sun? A:
 """A short mixed text for measurements that need some input and were given no data."""
 
 
+EMBEDDING = "model.embed_tokens.weight"
+"""What the embedding's table is called in the weights where they have no name of the model's."""
+
+ROUTER = "router"
+"""What a router is called that is not part of the FFN module but stands beside it in the layer."""
+
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once; more rows take their turn."""
 
@@ -88,6 +94,7 @@ class Stream:
         embedding = self._model.get_input_embeddings()
         named = self._model.named_parameters()
         name = next(n for n, parameter in named if parameter is embedding.weight)
+        name = name if name in self._weights else EMBEDDING
         embedding.weight = self._rows(name, used)
         embedding.padding_idx = None
         self._load_around(embedding.weight, used)
@@ -142,9 +149,10 @@ class Stream:
         import torch
 
         head = self._model.get_output_embeddings()
+        unused = None if head is None else head.weight
         for name, parameter in list(self._model.named_parameters()):
             outside = not name.startswith(f"{self._at}.") and name in self._weights
-            if outside and parameter is not embedding and parameter is not head.weight:
+            if outside and parameter is not embedding and parameter is not unused:
                 module, _, leaf = name.rpartition(".")
                 if name in self._tables:
                     value = self._rows(name, used)
@@ -248,12 +256,13 @@ class ConvertedStream(Stream):
         around: Mapping[str, Weight],
         ids: torch.Tensor | Sequence[torch.Tensor],
         device: str = "cpu",
+        token_tables: tuple[str, ...] = (),
     ) -> None:
         """Embed the token ids; `around` are the tensors outside the layers, as they are stored."""
         model = skeleton(config)
         names = loaded_names(model.config, around)
         weights = {loaded: around[stored] for stored, loaded in names.items()}
-        super().__init__(model, _layers_of(model), weights, ids, (), device)
+        super().__init__(model, _layers_of(model), weights, ids, token_tables, device)
         self._left: list[torch.Tensor] = []
         self._received: list[torch.Tensor] = []
         self.gain: float | None = None
@@ -345,7 +354,10 @@ class ConvertedStream(Stream):
 
 
 def _probes(names: list[str]) -> dict[str, Any]:
-    """Return modules in place of a layer's FFN: the first keeps what it gets, all give nothing."""
+    """Return modules in place of a layer's FFN: the first keeps what it gets, all give nothing.
+
+    A router that the layer itself calls gives three nothings, which go to the experts.
+    """
     import torch
 
     class Probe(torch.nn.Module):
@@ -356,9 +368,13 @@ def _probes(names: list[str]) -> dict[str, Any]:
 
         def forward(self, x_BTD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             self.seen.append(x_BTD)
-            return torch.zeros_like(x_BTD) if self.gives is None else self.gives
+            return torch.zeros_like(x_BTD) if self.gives is None else self.gives.view_as(x_BTD)
 
-    return {name: Probe() for name in names}
+    class Chooser(torch.nn.Module):
+        def forward(self, x_TD: torch.Tensor) -> tuple[None, None, None]:
+            return None, None, None
+
+    return {name: Chooser() if name == ROUTER else Probe() for name in names}
 
 
 def _first(result: Any) -> torch.Tensor:

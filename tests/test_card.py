@@ -202,7 +202,9 @@ def test_base_models_are_those_of_the_hub(finished: Path) -> None:
     text = render(hub, "me/mine", picture=False)
     assert f"[org/dense](https://huggingface.co/org/dense) at commit `{'0' * 40}`" in text
     assert 'from_pretrained("me/mine")' in text
-    assert "moe-convert reproduce mine\n" in text
+    get = "hf download me/mine moe_convert.json recipe.yaml --local-dir mine\n"
+    assert f"```bash\n{get}moe-convert reproduce mine\n```" in text
+    assert "hf download" not in render(hub, "mine", picture=False)
 
 
 def test_data_sets_of_the_hub_are_named(finished: Path) -> None:
@@ -232,6 +234,24 @@ def test_every_method_has_a_card(dense: Dense, tmp_path: Path, method: str) -> N
     upcycle(planned(dense(), tmp_path / "out", verify__enabled=False, **changes))
     assert check_card(tmp_path / "out").problems == []
     assert f"`{method}`" in (tmp_path / "out" / CARD_NAME).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("router", "edits", "told"),
+    [
+        ("distill", [], "**The routers were fitted layer by layer"),
+        ("mean-gate", [{"edit": "refit"}], "**The experts were fitted layer by layer"),
+        ("mean-gate", [], "**Nothing was trained: neither experts, nor routers"),
+    ],
+)
+def test_what_a_split_fits_to_text_is_told(
+    finished: Path, router: str, edits: list[dict[str, Any]], told: str
+) -> None:
+    manifest = load_manifest(finished)
+    experts = {"method": "split", "strategy": "contribution", "edits": edits}
+    recipe = manifest.recipe | {"experts": experts, "router": {"init": router}}
+    manifest = manifest.model_copy(update={"recipe": recipe})
+    assert told in render(manifest, "x", picture=False)
 
 
 def test_edits_and_what_was_composed_are_told(dense: Dense, tmp_path: Path) -> None:

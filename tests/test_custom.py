@@ -28,7 +28,13 @@ CASES = [(name, variant) for name, variants in CUSTOM_TINY.items() for variant i
 FIRST = [(name, next(iter(variants))) for name, variants in CUSTOM_TINY.items()]
 HOMELESS = [name for name in CUSTOM_TINY if name not in FAMILIES]
 CUSTOM: dict[str, Any] = {"target__architecture": "custom"}
-SPLIT = {**CUSTOM, "experts__method": "split", "target__top_k": 4, "router__init": "zeros"}
+SPLIT = {
+    **CUSTOM,
+    "experts__method": "split",
+    "experts__strategy": "contiguous",
+    "target__top_k": 4,
+    "router__init": "zeros",
+}
 
 Made = Callable[..., Path]
 
@@ -104,7 +110,7 @@ def test_all_parts_of_a_split_sum_to_the_dense_function(
 ) -> None:
     source = made(model_type, variant)
     for name, strategy in (("one", "contiguous"), ("two", "random")):
-        converted(source, tmp_path / name, **SPLIT, experts__strategy=strategy)
+        converted(source, tmp_path / name, **{**SPLIT, "experts__strategy": strategy})
         assert difference(moe_logits(tmp_path / name), logits(source)) <= FP32_TOLERANCE
 
 

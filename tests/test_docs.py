@@ -14,6 +14,10 @@ import pytest
 import typer.main
 
 from moe_convert.cli import app
+from moe_convert.families import FAMILIES
+from moe_convert.families.custom import CUSTOM_FAMILIES
+from moe_convert.recipe import gallery
+from moe_convert.wrappers import WRAPPERS
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.yaml"))]
@@ -63,6 +67,36 @@ def test_links_in_the_readme_lead_somewhere() -> None:
     local = [link for link in links if "://" not in link]
     assert "docs/overview.svg" in local
     assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_the_readme_counts_and_names_what_the_tables_have() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{len(FAMILIES)} dense model types" in text
+    assert f"{len(FAMILIES)} and {len(WRAPPERS)} vision-language types" in text
+    assert f"({', '.join(row.model_type for row in WRAPPERS)}) keep their vision tower" in text
+    custom = [name for name in CUSTOM_FAMILIES if name not in FAMILIES]
+    assert f"stock home ({', '.join(custom)}) are refused" in text
+    for name in gallery():
+        assert f"`{name}`" in text
+
+
+def test_every_command_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| command |") : text.index("Sources: ")]
+    for words, _ in script("generate").commands(typer.main.get_command(app)):
+        assert re.search(rf"`{words[0]} ?", table), words
+        assert words[-1] in table, words
+
+
+def test_every_option_in_the_readme_exists() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    known = {"--help"}
+    for _, found in script("generate").commands(typer.main.get_command(app)):
+        known |= {flag for one in found.params for flag in (*one.opts, *one.secondary_opts)}
+    spans = re.findall(r"`(--[^`\n]+)`", text)
+    used = {flag for span in spans for flag in re.findall(r"(?<!\S)--[a-z-]+", span)}
+    assert "--max-ppl-ratio" in used
+    assert used <= known
 
 
 def examples() -> Iterator[tuple[str, str]]:

@@ -59,10 +59,9 @@ def test_splits_compute_it_when_every_expert_is_chosen(
     changes: dict[str, Any] = {"target__top_k": 4, "router__init": "zeros"}
     if fixed is not None:
         changes = {"target__top_k": fixed, "target__num_experts": fixed}
+    changes |= {"experts__method": "split", "experts__strategy": "contiguous"}
     output = tmp_path / "out"
-    manifest = converted(
-        source, output, target__architecture=target, experts__method="split", **changes
-    )
+    manifest = converted(source, output, target__architecture=target, **changes)
     assert manifest.exact
     assert difference(logits(output), logits(source)) <= FP32_TOLERANCE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jsonschema import Draft202012Validator
 from moe_convert.data import HubDataset
 from moe_convert.describe import method_summaries
 from moe_convert.edits import EDITS
+from moe_convert.errors import UsageError
 from moe_convert.experts import METHODS, STRATEGIES, Compose
 from moe_convert.families import FAMILIES
 from moe_convert.plan import make_plan
@@ -109,6 +111,38 @@ def test_the_schema_accepts_the_gallery_and_refuses_unknown_keys() -> None:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert list(validator.iter_errors(data)) == []
         assert list(validator.iter_errors({**data, "targett": {}}))
+        without = {key: value for key, value in data.items() if key != "schema"}
+        assert list(validator.iter_errors(without))
+
+
+EXPERTS: list[dict[str, Any]] = [
+    {},
+    {"granularity": 2},
+    {"method": "shared-residual"},
+    {"method": "split"},
+    {"method": "split", "edits": [{"edit": "tune"}, {"edit": "refit", "ridge": 0.1}]},
+    *({"method": "split", "strategy": name} for name in STRATEGIES),
+    {"method": "split", "strategy": "nothing"},
+    {"method": "split", "granularity": 2},
+    {"method": "nothing"},
+    {"strategy": "cmoe"},
+    {"method": "clone", "strategy": "cmoe"},
+    {"method": "compose"},
+    {"method": "compose", "sources": [{"model": "org/one"}, {"model": "org/two"}]},
+]
+
+
+@pytest.mark.parametrize("experts", EXPERTS, ids=str)
+def test_the_schema_takes_the_experts_that_a_recipe_takes(experts: dict[str, Any]) -> None:
+    data: dict[str, Any] = {"schema": SCHEMA, "source": {"model": "org/name"}, "experts": experts}
+    schema = json.loads(invoke("recipes", "schema", "-q").stdout)
+    problems = list(Draft202012Validator(schema).iter_errors(data))
+    try:
+        build_recipe(data, {})
+    except UsageError:
+        assert problems
+    else:
+        assert problems == []
 
 
 def test_a_recipe_survives_its_own_yaml() -> None:
@@ -153,6 +187,7 @@ def test_a_strategy_is_shown_with_what_it_does_by_default() -> None:
 
 def test_methods_are_listed() -> None:
     listed = json.loads(invoke("methods", "ls", "--json").stdout)["methods"]
+    rows: dict[str, Iterable[str]]
     rows = {"strategy": STRATEGIES, "edit": EDITS, "router": Router.summaries}
     named = {f"{word} {name}" for word, names in rows.items() for name in names}
     assert set(listed) == {*METHODS, *named}

@@ -86,6 +86,7 @@ def test_what_differs_is_named_with_how_much(source: Path, tmp_path: Path) -> No
         (file,) = (f for f in data["target"]["files"] if f["path"] == "model.safetensors")
         file["sha256"] = sha256_of(folder / "model.safetensors")
         data["versions"]["torch"] = "1.0"
+        data["hardware"]["gpu"] = "9 x Imaginary"
 
     edit_json(folder / "moe_convert.json", forge)
     found = reproduce(folder, tmp_path / "new", Places(source=str(source)))
@@ -96,6 +97,7 @@ def test_what_differs_is_named_with_how_much(source: Path, tmp_path: Path) -> No
     assert change.max_abs_diff == pytest.approx(0.5, rel=1e-5)
     assert change.share == pytest.approx(1 / 64**2)
     assert found.versions.keys() == {"torch"}
+    assert [note for note in found.notes if "9 x Imaginary then" in note]
     result = invoke("reproduce", folder, "-o", tmp_path / "n2", "--source", source, "--json")
     assert result.exit_code == 5
     section = json.loads(result.stdout)["reproduction"]
@@ -193,7 +195,10 @@ def test_a_split_by_its_share_is_made_again(dense: Dense, tmp_path: Path) -> Non
     upcycle(make_plan(recipe))
     assert check_card(folder).problems == []
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "fitted layer by layer to what the dense model computes on text (corpus.txt)" in card
+    assert (
+        "**The experts and routers were fitted layer by layer to what the dense model computes on "
+        "text (corpus.txt). Nothing was trained end to end, and nothing else at all.**"
+    ) in card
     assert "`refit`" in card
     assert re.search(r"hidden state after layer 2 that differs \|  \| [0-9.]+%", card)
     found = reproduce(folder, tmp_path / "new", Places(str(source), data=str(text)))

@@ -152,7 +152,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-SPLIT = {"experts__method": "split", "target__top_k": 4, "router__init": "zeros"}
+SPLIT = {
+    "experts__method": "split",
+    "experts__strategy": "contiguous",
+    "target__top_k": 4,
+    "router__init": "zeros",
+}
 
 
 def make_multimodal(case: str, folder: Path, dtype: str = "float32") -> Path:

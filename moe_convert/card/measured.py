@@ -11,6 +11,8 @@ from moe_convert.recipe import Recipe
 from moe_convert.units import num_params
 
 PARTS = {"router": "routers", "experts": "experts", "norms": "norms"}
+FITTED_ROUTERS = {"distill", "ridge", "representative"}
+"""Initialisers that solve for rows on text."""
 
 
 class Row(NamedTuple):
@@ -61,13 +63,7 @@ def trained(manifest: Manifest) -> str:
     """Return what was trained and what was not."""
     found = manifest.calibration
     if found is None:
-        recipe = Recipe.model_validate(manifest.recipe)
-        if any(isinstance(edit, Fit) for edit in recipe.experts.edits):
-            return (
-                "The experts were fitted layer by layer to what the dense model computes on text "
-                f"({recipe.data.name}). Nothing was trained end to end, and nothing else at all."
-            )
-        return "Nothing was trained: neither experts, nor routers, nor anything else."
+        return _fitted(Recipe.model_validate(manifest.recipe))
     if "all" in found.trained:
         what, rest = "everything", ""
     else:
@@ -77,6 +73,19 @@ def trained(manifest: Manifest) -> str:
     return (
         f"Trained: {what} ({num_params(found.trained_params)} parameters), {found.steps} steps of "
         f"{found.tokens} tokens in all on {found.data}, loss {terms}.{rest}"
+    )
+
+
+def _fitted(recipe: Recipe) -> str:
+    """Return what the conversion itself fitted to text."""
+    fits = any(isinstance(edit, Fit) for edit in recipe.experts.edits)
+    parts = {"experts": fits, "routers": recipe.router.kind in FITTED_ROUTERS}
+    what = " and ".join(part for part, fitted in parts.items() if fitted)
+    if not what:
+        return "Nothing was trained: neither experts, nor routers, nor anything else."
+    return (
+        f"The {what} were fitted layer by layer to what the dense model computes on text "
+        f"({recipe.data.name}). Nothing was trained end to end, and nothing else at all."
     )
 
 

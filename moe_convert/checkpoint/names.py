@@ -25,11 +25,20 @@ def full_config(values: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the auto class that loads this config: text models, or text decoders with a tower."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    """Return the auto class that loads this config: text models, or text decoders with a tower.
 
-    text_only = config.get_text_config() is config
-    return AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+    Decoders that come with a tower only have no head of their own.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    if config.get_text_config() is not config:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
 
 
 def stored_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

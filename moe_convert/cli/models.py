@@ -53,6 +53,7 @@ def upcycle(output: Output, values: dict[str, Any]) -> None:
         plan_table,
         push_lines,
         routing_lines,
+        split_lines,
         verify_lines,
     )
     from moe_convert.convert import check_output
@@ -71,6 +72,8 @@ def upcycle(output: Output, values: dict[str, Any]) -> None:
 
     def human(console: Any) -> None:
         for line in routing_lines(manifest.routing) if manifest.routing else ():
+            console.print(line, markup=False)
+        for line in split_lines(manifest.split) if manifest.split else ():
             console.print(line, markup=False)
         for line in verify_lines(manifest.verify) if manifest.verify else ():
             console.print(line, markup=False)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Tag
 
-from moe_convert.experts.base import Method
+from moe_convert.experts.base import DEFAULT_TAGS, Method
 from moe_convert.experts.clone import Clone, SharedResidual
 from moe_convert.experts.compose import Compose, ComposeSource
 from moe_convert.experts.split import (
@@ -31,8 +31,8 @@ from moe_convert.experts.split import (
 def _tag(value: Any) -> str:
     """Return what tells the nodes apart: the method, and for a split the strategy."""
     fields = value if isinstance(value, dict) else vars(value)
-    method = str(fields.get("method", "clone"))
-    return str(fields.get("strategy", "contribution")) if method == "split" else method
+    method, strategy = (str(fields.get(tag, known)) for tag, known in DEFAULT_TAGS.items())
+    return strategy if method == "split" else method
 
 
 ExpertsNode = Annotated[

@@ -5,7 +5,7 @@ D hidden size · F FFN neurons · E routed experts · N neurons per expert
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,10 +18,21 @@ if TYPE_CHECKING:
     from moe_convert.targets import MoeShape, MoeTarget
 
 
+DEFAULT_TAGS = {"method": "clone", "strategy": "contribution"}
+"""What a recipe means that leaves out one of the fields which tell the nodes apart."""
+
+
+def _with_tags(schema: dict[str, Any]) -> None:
+    """Require the tags whose default is another node's, so that a schema fits one node alone."""
+    found = {tag: schema["properties"].get(tag, {}).get("const") for tag in DEFAULT_TAGS}
+    needed = [tag for tag, const in found.items() if const not in {None, DEFAULT_TAGS[tag]}]
+    schema["required"] = [*schema.get("required", ()), *needed]
+
+
 class Method(BaseModel):
     """What every construction method says about itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_with_tags)
 
     edits: tuple[EditNode, ...] = Field((), description="changes of the values, in order")
     seed: int = Field(0, ge=0, description="decides everything random in the experts")

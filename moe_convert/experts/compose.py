@@ -14,8 +14,6 @@ from moe_convert.experts.base import Method, outside_config
 from moe_convert.ffn import Assignment
 
 if TYPE_CHECKING:
-    import torch
-
     from moe_convert.targets import MoeShape, MoeTarget
 
 

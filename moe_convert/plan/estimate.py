@@ -6,8 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+from moe_convert.carving import PORTION
 from moe_convert.compose import distinct
 from moe_convert.data.writing import ram_bytes
+from moe_convert.edits import Refit
 from moe_convert.errors import DoesNotFitError
 from moe_convert.plan.model import Estimate, Plan, count
 
@@ -19,6 +21,8 @@ RUN_RATE = (2e10, 5e11)
 """Floating-point operations per second that models are assumed to run with, slowest and fastest."""
 START_S = {"copying": (3.0, 1.0), "running": (12.0, 4.0)}
 """Seconds until the first byte, slowest and fastest: weights alone, or models that have to run."""
+SPLIT_RUNS = 8.0
+"""Operations for every token and dense parameter that a fitted split takes beside running it."""
 SAMPLE_TOKENS = 512
 VERIFY_TOKENS = 1600
 """What a check runs through each of the two models: a text, random tokens, two dtypes."""
@@ -65,13 +69,30 @@ def _flop(plan: Plan) -> float:
     wanted = SAMPLE_TOKENS if recipe.data.train is None else recipe.data.max_tokens
     measured = wanted if recipe.needs_input else 0
     checked = VERIFY_TOKENS if recipe.verify.enabled else 0
-    return 2.0 * (dense * (measured + checked) + plan.params_active * checked)
+    fitted = SPLIT_RUNS * dense * measured + _gram_flop(plan, measured) if recipe.carves else 0.0
+    return 2.0 * (dense * (measured + checked) + plan.params_active * checked) + fitted
+
+
+def _gram_flop(plan: Plan, tokens: int) -> float:
+    """Return the operations of the products of all neurons in all layers that are solved for."""
+    refits = sum(isinstance(edit, Refit) for edit in plan.recipe.experts.edits)
+    shape = plan.shape
+    return 2.0 * refits * tokens * shape.dense_size**2 * len(shape.moe_layers)
 
 
 def _states_bytes(plan: Plan) -> int:
-    """Return what the hidden states of the data take, in fp32: two sets, and a copy in between."""
-    data = plan.recipe.data
-    return 12 * plan.layout.body.hidden_size * data.max_tokens if data.train is not None else 0
+    """Return what the hidden states of the data take, in fp32.
+
+    Two sets and a copy in between; a split keeps those of two streams, what goes into their FFNs
+    and what should come out, and some tokens' neurons with matrices over all of them.
+    """
+    data, body = plan.recipe.data, plan.layout.body
+    if data.train is None:
+        return 0
+    if not plan.recipe.carves:
+        return 12 * body.hidden_size * data.max_tokens
+    neurons = 5 * PORTION * body.ffn_size + 4 * body.ffn_size**2
+    return 4 * (8 * body.hidden_size * data.max_tokens + neurons)
 
 
 def available_ram_bytes() -> int:

@@ -13,7 +13,7 @@ from moe_convert.checkpoint import Source, TensorSpec, open_source, shard, store
 from moe_convert.checkpoint.configs import Filled, aside, filled
 from moe_convert.checkpoint.names import full_config
 from moe_convert.compose import ExpertSource, open_experts
-from moe_convert.errors import SourceError, UsageError
+from moe_convert.errors import SourceError, UnsupportedError, UsageError
 from moe_convert.experts import Compose
 from moe_convert.families import Body, DenseFamily, find_family
 from moe_convert.families.body import shortened
@@ -139,6 +139,12 @@ def _understood(recipe: Recipe, source: Source, fill: Filled) -> tuple[Source, D
         raise UsageError(
             f"--method {recipe.experts.method} is not proved with --target custom.",
             f"Use {' or '.join(CUSTOM_METHODS)}.",
+        )
+    if recipe.carves:
+        raise UnsupportedError(
+            "What splits an FFN by its weights or by data needs gate, up and down, and those of "
+            "custom targets may look otherwise.",
+            "Use --strategy contiguous or random.",
         )
     if not all(edit.neutral for edit in recipe.experts.edits):
         raise UsageError(

@@ -163,6 +163,7 @@ class MoeTarget:
     `routed_marks` are parts of the names of the routed experts' tensors. `router_module` is where
     the loaded model keeps the router inside a layer, and `router_gives` what it returns first.
     `files` are copied beside the weights, and `stock` says whether transformers has the class.
+    `stream_divisor` is what the dense residual stream is divided by after a layer.
     """
 
     model_type: str
@@ -200,6 +201,7 @@ class MoeTarget:
     routed_marks: tuple[str, ...] = (".experts.",)
     files: Mapping[str, Path] = field(default_factory=dict)
     stock: bool = True
+    stream_divisor: Callable[[int], float] = lambda layer: 1.0
     compatible: Callable[[MoeTarget, Body], MoeTarget] = lambda target, body: target
 
     @property

@@ -98,6 +98,7 @@ ROWS = (
             "self_attn.q_norm.weight": scaled_queries,
         },
         limits=(same_bias, whole_correction, _small_eps),
+        stream_divisor=lambda layer: (2 * layer + 3) ** 0.5,
         engines=(
             TRANSFORMERS,
             Engine("vLLM", True, (Trap(SILU, not_silu),)),
