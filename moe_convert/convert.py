@@ -78,8 +78,10 @@ def convert(plan: Plan, progress: Progress = silent) -> Manifest:
         for read in (files_of(local), *map(expert_files, plan.experts)):
             hashing.start(read)
         try:
-            with closing(CheckpointWriter(partial, plan.shards)) as files:
-                make = layer_maker(plan, local, weights, inputs, files)
+            with (
+                closing(CheckpointWriter(partial, plan.shards)) as files,
+                closing(layer_maker(plan, local, weights, inputs, files)) as make,
+            ):
                 hashes = _write_tensors(plan, weights, make, files, progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)

@@ -41,6 +41,9 @@ class Maker(Protocol):
     def report(self) -> SplitReport | None:
         """What fitting to data showed."""
 
+    def close(self) -> None:
+        """Remove what was put on disk for the way; found and report stay."""
+
 
 class LayerMaker:
     """Makes layers whose weights are copied, sliced or changed one by one."""
@@ -77,6 +80,9 @@ class LayerMaker:
     def found(self) -> Mapping[int, Routed]:
         """What the routers do with the data, by layer."""
         return self._routers.found
+
+    def close(self) -> None:
+        """Nothing was put on disk."""
 
 
 def layer_maker(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from moe_convert.checkpoint import Source, TensorRef, read_folder, sha256_of
 from moe_convert.convert import Progress, check_output, convert, silent
-from moe_convert.errors import SourceError, UsageError
+from moe_convert.errors import OutputExistsError, SourceError, UsageError
 from moe_convert.experts import Compose
 from moe_convert.manifest import Manifest, SourceInfo, load_manifest, versions
 from moe_convert.plan import Plan, check_fits, make_plan
@@ -86,6 +86,8 @@ def reproduce(
     """
     manifest = load_manifest(folder)
     target = output or folder.resolve().with_name(f"{folder.resolve().name}-reproduced")
+    if target.exists():
+        raise OutputExistsError(f"{target} exists already.", "Choose another name with -o.")
     places = places or Places()
     recipe = recipe_again(manifest, _converted_by(folder, manifest), places, target)
     plan = make_plan(recipe, token)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from moe_convert.checkpoint import sha256_of
 from tests.conftest import Dense
@@ -39,6 +42,16 @@ heavy = {"torch", "transformers", "numpy", "huggingface_hub"} & set(sys.modules)
 assert not heavy, heavy
 """
 DEEP = 80
+
+
+@pytest.mark.parametrize("form", [[], ["-q"], ["--json"]])
+def test_a_reader_that_stops_is_no_bug(form: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    argv = [SCRIPT, "recipes", "schema", *form]
+    done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_help_and_the_gallery_need_no_torch() -> None:

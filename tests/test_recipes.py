@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def test_every_gallery_recipe_says_what_it_takes(name: str) -> None:
         assert sum(line.startswith(word) for line in about) == 1, word
     assert "GB of disk" in " ".join(line.strip("# ") for line in about)
     assert "GPU" in text
+    assert re.search(r"\b(second|minute|hour)s?\b", " ".join(about)), "how long it takes"
     assert load_recipe(name).name == name
     assert f"`{name}`" in README.read_text(encoding="utf-8")
 

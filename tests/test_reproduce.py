@@ -224,8 +224,9 @@ def test_composed_sources_have_their_own_places(source: Path, tmp_path: Path) ->
 def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
     converted(source, tmp_path / "out", output__overwrite=True)
     (tmp_path / "new").mkdir()
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(OutputExistsError) as refused:
         reproduce(tmp_path / "out", tmp_path / "new", Places(source=str(source)))
+    assert "--overwrite" not in str(refused.value.hint), "reproduce has no such option"
     result = invoke("reproduce", tmp_path / "out", "-o", tmp_path / "second", "-q")
     assert result.exit_code == 2
     assert "--source PATH" in result.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from moe_convert.errors import UnsupportedError
 from moe_convert.targets import TARGETS
+from tests import test_wrappers
 from tests.conftest import Dense
 from tests.test_wrappers import CASES, make_multimodal
 from tests.tiny import NUM_LAYERS, pairs
@@ -60,7 +61,8 @@ def test_decoders_of_multimodal_models_are_split_alone(
 ) -> None:
     source, output = make_multimodal(case, tmp_path / "dense"), tmp_path / "out"
     manifest = converted(source, output, data__train=text, **SPLIT, **whole("mixtral"))
-    assert difference(logits(output), logits(source)) <= LOGIT_TOLERANCE
+    with_image = test_wrappers.logits(output), test_wrappers.logits(source)
+    assert difference(*with_image) <= LOGIT_TOLERANCE
     assert manifest.split is not None
     assert max(manifest.split.stream_error) < STREAM_TOLERANCE
 
@@ -69,7 +71,7 @@ def test_decoders_of_multimodal_models_are_split_alone(
 def test_custom_targets_refuse_what_looks_into_their_ffns(tmp_path: Path, strategy: str) -> None:
     source = make_custom("gpt2", next(iter(CUSTOM_TINY["gpt2"])), tmp_path / "dense")
     for top_k in (2, 4):
-        with pytest.raises(UnsupportedError, match="gate, up and down.*--strategy contiguous"):
+        with pytest.raises(UnsupportedError, match=r"gate, up and down.*--strategy contiguous"):
             planned(
                 source,
                 target__architecture="custom",

@@ -26,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+BROKEN_PIPE = 1
+"""Exit code where the reader of the output has gone; Rich has the same."""
+
 OUTPUT_OPTIONS: dict[str, tuple[Any, Any]] = {
     "format": (
         Annotated[
@@ -136,6 +139,12 @@ def _guarded(output: Output, function: Callable[[], None]) -> None:
         raise typer.Exit(error.exit_code) from None
     except (typer.Exit, typer.Abort):
         raise
+    except BrokenPipeError:
+        if debug:
+            raise
+        # Whoever read the output has stopped, as `head` does; the interpreter must not flush it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise typer.Exit(BROKEN_PIPE) from None
     except Exception as error:
         if debug:
             raise

@@ -1,0 +1,422 @@
+"""Splits fitted to data: what is fitted is what is written, and what is written is what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_convert.carving import Carved, refit
+from moe_convert.checkpoint import read_folder
+from moe_convert.convert import convert
+from moe_convert.data import Data, token_ids
+from moe_convert.errors import UsageError
+from moe_convert.experts import STRATEGIES
+from moe_convert.ffn import Ffn, FfnSample, Grouping, Neurons
+from moe_convert.inputs import Inputs, read_inputs
+from moe_convert.plan import Plan, make_plan
+from moe_convert.recipe import SCHEMA, build_recipe
+from moe_convert.splitting import Splitter
+from tests.conftest import Dense
+from tests.tiny import TINY, VOCAB_SIZE
+from tests.tools import converted, difference, digest, load, logits, planned
+
+TEXT = "The river rose in the night, and by morning the lower fields were under water. "
+SEQ_LEN, NUM_TOKENS = 64, 512
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 40, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def split(text: str) -> dict[str, Any]:
+    """Two of four experts by contribution, tuned and solved, in fp32 on the CPU."""
+    return {
+        "experts__method": "split",
+        "router__init": "auto",
+        "data__train": text,
+        "data__seq_len": SEQ_LEN,
+        "data__max_tokens": NUM_TOKENS,
+        "runtime__precision": "full",
+        "runtime__device": "cpu",
+    }
+
+
+def ids_of(source: Path, text: str) -> torch.Tensor:
+    """Return the tokens that such a split was fitted to."""
+    data = Data(train=text, seq_len=SEQ_LEN, max_tokens=NUM_TOKENS)
+    return token_ids(data, source, VOCAB_SIZE)
+
+
+def streams_of(folder: Path, ids_BT: torch.Tensor) -> list[torch.Tensor]:
+    """Return what every layer of a loaded model gives, [T, D]: hooks on the whole model."""
+    model, seen = load(folder), list[torch.Tensor]()
+
+    def watch(module: Any, args: Any, out: Any) -> None:
+        seen.append((out[0] if isinstance(out, tuple) else out).flatten(0, 1))
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(watch)
+    with torch.no_grad():
+        model(ids_BT)
+    return seen
+
+
+@contextmanager
+def splitter(plan: Plan) -> Iterator[Splitter]:
+    """Yield what makes the layers of a plan, nothing made yet."""
+    local = plan.source.fetch()
+    inputs = read_inputs(plan.recipe, plan.shape, plan.layout.body.vocab_size, local.folder)
+    assert isinstance(inputs, Inputs)
+    weights = {name: ref.weight() for name, ref in local.tensors.items()}
+    made = Splitter(plan, local, weights, inputs, lambda layer: False)
+    yield made
+    made.close()
+
+
+SHARED = {"target__shared_experts": 1, "target__num_experts": 3, "target__top_k": 1}
+
+
+@pytest.mark.parametrize(
+    ("target", "changes"), [("mixtral", {}), ("glm4_moe", SHARED), ("qwen2_moe", SHARED)]
+)
+def test_the_report_is_what_the_loaded_model_does(
+    dense: Dense,
+    tmp_path: Path,
+    text: str,
+    split: dict[str, Any],
+    target: str,
+    changes: dict[str, Any],
+) -> None:
+    """Stream errors are those between the dense and the written model, run whole."""
+    output = tmp_path / "out"
+    manifest = converted(dense(), output, target__architecture=target, **split, **changes)
+    ids_BT = ids_of(dense(), text)
+    assert ids_BT.numel() == NUM_TOKENS
+    pairs = zip(streams_of(output, ids_BT), streams_of(dense(), ids_BT), strict=True)
+    errors = [float((one - two).square().sum() / two.square().sum()) for one, two in pairs]
+    assert manifest.split is not None
+    assert manifest.split.stream_error == pytest.approx(errors, rel=1e-3)
+    assert min(errors) > 1e-5
+    assert manifest.routing is not None
+    assert manifest.routing.tokens == NUM_TOKENS
+
+
+def test_two_streams_are_those_of_the_models_run_whole(
+    dense: Dense, tmp_path: Path, text: str, split: dict[str, Any]
+) -> None:
+    """At layer 1: its input, and what would bring the converted stream to the dense one.
+
+    The reference is the finished model, of which layer 0 alone matters here, with the FFN of layer
+    1 giving nothing.
+    """
+    plan = planned(dense(), tmp_path / "out", **split)
+    convert(plan)
+    ids_BT = ids_of(dense(), text)
+    model = load(tmp_path / "out")
+    received, left = list[torch.Tensor](), list[torch.Tensor]()
+
+    def silence(module: Any, args: Any, out: torch.Tensor) -> torch.Tensor:
+        received.append(args[0])
+        return 0 * out
+
+    layer = model.model.layers[1]
+    layer.mlp.register_forward_hook(silence)
+    layer.register_forward_hook(lambda module, args, out: left.append(out))
+    with torch.no_grad():
+        model(ids_BT)
+    target_TD = streams_of(dense(), ids_BT)[1] - left[0].flatten(0, 1)
+    sample = sample_at(plan, tmp_path / "out", 1)
+    assert torch.allclose(sample.x_TD, received[0].flatten(0, 1), atol=1e-4)
+    assert torch.allclose(sample.target_TD, target_TD, atol=1e-4)
+    assert not torch.allclose(sample.x_TD, sample.dense_TD, atol=1e-2)
+
+
+def sample_at(plan: Plan, written: Path, layer: int) -> FfnSample:
+    """Return what a layer is fitted to, with the layers before it as they were written."""
+    stored = {name: ref.weight() for name, ref in read_folder(written).items()}
+    with splitter(plan) as made:
+        for before in range(layer):
+            made._sample(before, neurons_of(plan, before))
+            prefix = f"model.layers.{before}."
+            made.leave(before, [(n, w) for n, w in stored.items() if n.startswith(prefix)])
+        return made._sample(layer, neurons_of(plan, layer))
+
+
+def neurons_of(plan: Plan, layer: int) -> Neurons:
+    weights = {name: ref.weight() for name, ref in plan.source.tensors.items()}
+    return Neurons.of(plan.layout.family.ffn(layer, weights, plan.layout.body))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "gain"),
+    [
+        ("llama", "mixtral", 1.0),
+        ("granite", "granitemoe", "residual_multiplier"),
+        ("gemma3_text", "beam", None),
+        ("olmo2", "flex_olmo", None),
+        ("gemma4_text", "gemma4_text", None),
+    ],
+)
+def test_the_gain_is_what_a_layer_multiplies_its_experts_by(
+    dense: Dense, split: dict[str, Any], model_type: str, target: str, gain: float | str | None
+) -> None:
+    plan = planned(
+        dense(model_type, next(iter(TINY[model_type]))), target__architecture=target, **split
+    )
+    if isinstance(gain, str):
+        gain = float(plan.source.config[gain])
+        assert gain != 1.0
+    with splitter(plan) as made:
+        made._sample(0, neurons_of(plan, 0))
+        assert made._converted.gain == (None if gain is None else pytest.approx(gain, rel=1e-4))
+
+
+def random_carved(generator: torch.Generator, top_k: int = 1) -> Carved:
+    """Return 3 experts of 4 neurons and 4 shared ones in 6 dimensions."""
+    shapes = {"gate_FD": (16, 6), "up_FD": (16, 6), "down_DF": (6, 16)}
+    neurons = Neurons(**{n: torch.randn(s, generator=generator) for n, s in shapes.items()})
+    order_F = torch.randperm(16, generator=generator)
+    grouping = Grouping(order_F[:4], order_F[4:].view(3, 4))
+    return Carved.of(neurons, grouping, torch.randn(3, 6, generator=generator), top_k)
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 0.01, 1.0])
+def test_refit_solves_the_stacked_system(ridge: float) -> None:
+    """[H; √λ I] · downᵀ = [target; √λ down₀ᵀ], by a direct solver in fp64."""
+    generator = torch.Generator().manual_seed(3)
+    carved = random_carved(generator)
+    x_TD, target_TD = (torch.randn(200, 6, generator=generator) for _ in range(2))
+    hidden_TF = slow_hidden(carved, x_TD).double()
+    damping = ridge * float((hidden_TF.T @ hidden_TF).diagonal().mean())
+    below_FF = damping**0.5 * torch.eye(16, dtype=torch.float64)
+    stacked = torch.cat([hidden_TF, below_FF])
+    wanted = torch.cat([target_TD.double(), below_FF @ carved.neurons.down_DF.T.double()])
+    expected_FD = torch.linalg.lstsq(stacked, wanted).solution
+    found_DF = refit(carved, x_TD, target_TD, ridge)
+    assert torch.allclose(found_DF.T.double(), expected_FD, atol=1e-3 if ridge < 1e-6 else 1e-5)
+
+
+def slow_hidden(carved: Carved, x_TD: torch.Tensor) -> torch.Tensor:
+    """Return the firing neurons' values, one token after the other."""
+    neurons, rows = carved.neurons, []
+    for x_D in x_TD:
+        chosen = (carved.router_ED @ x_D).topk(carved.top_k).indices.tolist()
+        gate_F = torch.nn.functional.silu(neurons.gate_FD @ x_D)
+        value_F = gate_F * (neurons.up_FD @ x_D)
+        fires = [group in (*chosen, len(carved.router_ED)) for group in carved.group_F.tolist()]
+        rows.append(value_F * torch.tensor(fires))
+    return torch.stack(rows)
+
+
+def test_refit_in_chunks_is_refit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    carved = random_carved(generator, top_k=2)
+    x_TD, target_TD = (torch.randn(200, 6, generator=generator) for _ in range(2))
+    whole_DF = refit(carved, x_TD, target_TD, 0.01)
+    monkeypatch.setattr("moe_convert.carving.PORTION", 33)
+    assert torch.allclose(refit(carved, x_TD, target_TD, 0.01), whole_DF, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_every_strategy_is_exact_where_every_expert_is_chosen(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], strategy: str
+) -> None:
+    counts = {"target__num_experts": 3, "target__top_k": 3, "target__shared_experts": 1}
+    settings = {k: v for k, v in split.items() if fits(strategy, k)}
+    manifest = converted(
+        dense(),
+        tmp_path / "out",
+        target__architecture="glm4_moe",
+        experts__strategy=strategy,
+        **{**settings, **counts, "router__init": "zeros"},
+    )
+    assert manifest.exact
+    assert difference(logits(tmp_path / "out"), logits(dense())) <= 1e-4
+    assert (manifest.split is not None) == (STRATEGIES[strategy].needs != "nothing")
+
+
+def fits(strategy: str, key: str) -> bool:
+    """Whether a setting has an effect: data that nothing looks at are refused."""
+    return STRATEGIES[strategy].needs != "nothing" or not key.startswith("data")
+
+
+def test_seeds_decide_the_bytes_and_nothing_else_does(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    runs = (("one", 0), ("two", 0), ("other", 1))
+    for number, (name, seed) in enumerate(runs):
+        torch.manual_seed(100 + number)
+        before = torch.get_rng_state()
+        converted(dense(), tmp_path / name, experts__seed=seed, **split)
+        assert torch.equal(torch.get_rng_state(), before)
+    one, two, other = (digest(tmp_path / name)[WEIGHTS] for name, _ in runs)
+    assert one == two != other
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = list[int]()
+
+    def stop(what: str, done: int, total: int) -> None:
+        """Stop behind the embedding, layer 0 and layer 1, which is not on the disk by then."""
+        steps.extend([done] if what == "convert" else [])
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(planned(dense(), tmp_path / "out", **split), stop)
+    fitted, make = list[int](), Splitter._make
+
+    def counted(self: Splitter, layer: int, ffn: Ffn) -> Any:
+        fitted.append(layer)
+        return make(self, layer, ffn)
+
+    monkeypatch.setattr(Splitter, "_make", counted)
+    resumed = converted(dense(), tmp_path / "out", **split)
+    assert fitted == [1, 2]
+    whole = converted(dense(), tmp_path / "whole", **split)
+    assert digest(tmp_path / "out")[WEIGHTS] == digest(tmp_path / "whole")[WEIGHTS]
+    assert resumed.split is not None
+    assert whole.split is not None
+    assert resumed.split.stream_error == pytest.approx(whole.split.stream_error, rel=1e-5)
+    assert [error is None for error in resumed.split.layer_error] == [True, False, False]
+    assert resumed.routing == whole.routing
+
+
+@pytest.mark.parametrize(
+    ("active", "ffn_size", "dtype", "counts"),
+    [
+        (0.25, 256, "fp32", (56, 8, 8)),
+        (0.5, 256, "fp32", (48, 16, 16)),
+        (0.25, 256, "bf16", (28, 4, 4)),
+        (0.25, 96, "fp32", (7, 1, 1)),
+        (0.75, 96, "fp32", (5, 3, 3)),
+    ],
+)
+def test_a_share_sets_all_counts(
+    dense: Dense,
+    split: dict[str, Any],
+    active: float,
+    ffn_size: int,
+    dtype: str,
+    counts: tuple[int, int, int],
+) -> None:
+    plan = by_share(dense(intermediate_size=ffn_size), active, split, target__dtype=dtype)
+    shape = plan.shape
+    assert (shape.num_experts, shape.top_k, shape.num_shared) == counts
+    fires = shape.shared_size + shape.top_k * shape.expert_size
+    assert fires == pytest.approx(active * ffn_size, abs=shape.expert_size / 2)
+
+
+def by_share(source: Path, active: float, split: Mapping[str, Any], **changes: Any) -> Plan:
+    """Plan a split of which only the share is given."""
+    places = {"source.model": str(source), "target.active": active, "target.architecture": "auto"}
+    dotted = {
+        k.replace("__", "."): v
+        for k, v in {**split, "data__max_tokens": 2048, **changes}.items()
+        if v is not None
+    }
+    return make_plan(build_recipe({"schema": SCHEMA}, {**places, **dotted}))
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "not a split": ({"experts__method": "clone", "router__init": "normal"}, "Use --method split"),
+    "counts too": ({"target__top_k": 2}, "sets target.top_k too"),
+    "shared too": ({"target__shared_experts": 1}, "sets target.shared_experts too"),
+    "too little": ({"target__active": 0.001}, "lets 0.001 of it fire"),
+    "too wide": ({"target__dtype": "bf16"}, "multiples of 8"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(REFUSED))
+def test_shares_that_cannot_be_are_refused(
+    dense: Dense, split: dict[str, Any], mistake: str
+) -> None:
+    changes, sentence = REFUSED[mistake]
+    source = dense(intermediate_size=40 if mistake == "too wide" else 96)
+    with pytest.raises(UsageError, match=sentence) as found:
+        by_share(source, 0.25, split, **changes)
+    assert found.value.hint
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "refit of clones": (
+        {"experts__method": "clone", "router__init": "normal", "experts__edits": ["refit"]},
+        "The edit refit fits parts of one FFN",
+    ),
+    "tune of clones": (
+        {"experts__method": "clone", "router__init": "normal", "experts__edits": ["tune"]},
+        "The edit tune fits parts of one FFN",
+    ),
+    "representative": ({"router__init": "representative"}, "Only the groups of strategy cmoe"),
+    "grouped": ({"router__init": "grouped"}, "Only the groups of strategy gradient"),
+    "few tokens": ({"data__max_tokens": 256}, "256 tokens, and solving for 96 neurons needs 384"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(BAD))
+def test_what_cannot_be_fitted_is_refused(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], mistake: str
+) -> None:
+    changes, sentence = BAD[mistake]
+    edits = [{"edit": name} for name in changes.get("experts__edits", ())]
+    changes = {**split, **changes, **({"experts__edits": edits} if edits else {})}
+    with pytest.raises(UsageError, match=sentence):
+        convert(planned(dense(), tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_groups_can_be_fitted_too(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    """Edits alone make a split that looks at data; solving brings it nearer to the dense model."""
+    errors = {}
+    for name, edits in (("as they are", []), ("solved", [{"edit": "refit"}])):
+        changes = {**split, "experts__strategy": "random", "router__init": "distill"}
+        manifest = converted(dense(), tmp_path / name, experts__edits=edits, **changes)
+        assert manifest.split is not None
+        errors[name] = manifest.split.stream_error[-1]
+    assert errors["solved"] < 0.9 * errors["as they are"]
+    changes = {**changes, "experts__edits": [{"edit": "refit"}], "router__init": "normal"}
+    assert converted(dense(), tmp_path / "normal", **changes).split is not None
+
+
+def test_a_source_without_tokenizer_writes_its_own_data(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in dense().iterdir():
+        if "token" not in file.name:
+            (bare / file.name).symlink_to(file)
+    manifest = converted(bare, tmp_path / "out", **{**split, "data__train": None})
+    assert manifest.split is not None
+    assert manifest.recipe["data"]["train"] == "self"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_gpu_finds_what_a_cpu_finds(dense: Dense, tmp_path: Path, split: dict[str, Any]) -> None:
+    """Close calls may go to another cluster, so errors are compared where groups are given."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        output = tmp_path / device
+        changes = {**split, "runtime__device": device, "experts__strategy": "random"}
+        edits = [{"edit": "refit"}]
+        manifest = converted(
+            dense(), output, **{**changes, "router__init": "ridge", "experts__edits": edits}
+        )
+        assert manifest.split is not None
+        found[device] = (manifest.split.stream_error, logits(output))
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-2)
+    assert difference(found["cuda"][1], found["cpu"][1]) < 0.05
