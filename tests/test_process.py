@@ -48,7 +48,7 @@ DEEP = 80
 def test_a_reader_that_stops_is_no_bug(form: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
-    argv = [SCRIPT, "recipes", "schema", *form]
+    argv = [str(SCRIPT), "recipes", "schema", *form]
     done = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")

@@ -71,6 +71,12 @@ def streams_of(folder: Path, ids_BT: torch.Tensor) -> list[torch.Tensor]:
     return seen
 
 
+def loss(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> float:
+    """Return the mean loss of the next tokens."""
+    told = logits_BTV[:, :-1].flatten(0, 1)
+    return float(torch.nn.functional.cross_entropy(told, ids_BT[:, 1:].flatten()))
+
+
 @contextmanager
 def splitter(plan: Plan) -> Iterator[Splitter]:
     """Yield what makes the layers of a plan, nothing made yet."""
@@ -94,10 +100,13 @@ def test_the_report_is_what_the_loaded_model_does(
     tmp_path: Path,
     text: str,
     split: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
     target: str,
     changes: dict[str, Any],
 ) -> None:
-    """Stream errors are those between the dense and the written model, run whole."""
+    """States, loss and errors of the streams are those of the models run whole."""
+    last = list[torch.Tensor]()
+    monkeypatch.setattr(Splitter, "close", lambda made: last.append(made._converted.states_TD))
     output = tmp_path / "out"
     manifest = converted(dense(), output, target__architecture=target, **split, **changes)
     ids_BT = ids_of(dense(), text)
@@ -107,6 +116,13 @@ def test_the_report_is_what_the_loaded_model_does(
     assert manifest.split is not None
     assert manifest.split.stream_error == pytest.approx(errors, rel=1e-3)
     assert min(errors) > 1e-5
+    model = load(output)
+    with torch.no_grad():
+        in_memory = loss(
+            model.lm_head(model.model.norm(last[0])).unflatten(0, ids_BT.shape), ids_BT
+        )
+        assert in_memory == pytest.approx(loss(model(ids_BT).logits, ids_BT), rel=1e-5)
+        assert in_memory != pytest.approx(loss(load(dense())(ids_BT).logits, ids_BT), rel=2e-5)
     assert manifest.routing is not None
     assert manifest.routing.tokens == NUM_TOKENS
 
@@ -405,7 +421,18 @@ def test_a_source_without_tokenizer_writes_its_own_data(
     assert manifest.recipe["data"]["train"] == "self"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_tokenizer_of_another_model_is_refused(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    changes = {**split, "data__train": None}
+    with pytest.raises(UsageError, match=r"makes token \d+, and the model knows 200"):
+        converted(dense(vocab_size=200), tmp_path / "out", **changes)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="torch sees no CUDA device: NOTHING of the GPU path is tested here",
+)
 def test_a_gpu_finds_what_a_cpu_finds(dense: Dense, tmp_path: Path, split: dict[str, Any]) -> None:
     """Close calls may go to another cluster, so errors are compared where groups are given."""
     found = {}

@@ -38,7 +38,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
     if config.get_text_config() is not config:
         return AutoModelForImageTextToText
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    causal = own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForCausalLM if causal else AutoModel
 
 
 def stored_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

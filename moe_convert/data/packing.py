@@ -61,12 +61,21 @@ def pack(
     num_rows = min(len(tokens) // width, max(1, data.max_tokens // (width + len(prefix))))
     rows = [prefix + tokens[row * width : (row + 1) * width] for row in range(num_rows)]
     ids_BT = torch.tensor(rows)
-    if int(ids_BT.max()) >= vocab_size:
+    check_known(int(ids_BT.max()), vocab_size)
+    return ids_BT
+
+
+def check_known(largest: int, vocab_size: int) -> None:
+    """Refuse tokens that the model has no embedding of.
+
+    Raises:
+        UsageError: the largest one is not in the model's vocabulary.
+    """
+    if largest >= vocab_size:
         raise UsageError(
-            f"The tokenizer makes token {int(ids_BT.max())}, and the model knows {vocab_size}.",
+            f"The tokenizer makes token {largest}, and the model knows {vocab_size}.",
             "The source's tokenizer belongs to another model.",
         )
-    return ids_BT
 
 
 def prefix_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:

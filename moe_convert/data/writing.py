@@ -22,7 +22,7 @@ from moe_convert.checkpoint import TOKENIZER_FILES, Source
 from moe_convert.checkpoint.gguf import cache_dir
 from moe_convert.checkpoint.names import auto_class
 from moe_convert.data.checks import check_varied
-from moe_convert.data.packing import tokenizer_of
+from moe_convert.data.packing import check_known, tokenizer_of
 from moe_convert.data.starts import Start, chat_starts, document_start, end_tokens
 from moe_convert.errors import UnsupportedError, UsageError
 from moe_convert.runtime import bf16_is_fast
@@ -100,7 +100,11 @@ def written(
     seed: int,
     progress: Progress = lambda what, done, total: None,
 ) -> torch.Tensor:
-    """Return what a model writes, int64 [B, T]; nothing but the seed decides it."""
+    """Return what a model writes, int64 [B, T]; nothing but the seed decides it.
+
+    Raises:
+        UsageError: the tokenizer begins texts with a token that the model does not know.
+    """
     import torch
 
     from moe_convert.data.decoding import sample, text_bytes
@@ -110,6 +114,8 @@ def written(
     generator = torch.Generator().manual_seed(seed)
     uniform_PT = torch.rand(rows * num_pieces, width, generator=generator)
     starts = row_starts(tokenizer, config, rows, num_pieces, generator)
+    given = (token for start in starts for part in (start.first, *start.turns) for token in part)
+    check_known(max(given), config.vocab_size)
     ends = end_tokens(tokenizer, config, model.config, model.generation_config)
     if tokenizer is not None:
         ends |= {document_start(tokenizer, None).first[0]}
