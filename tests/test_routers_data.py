@@ -210,7 +210,7 @@ def test_rows_in_turns_give_the_states_of_all_at_once(
     weights = {name: ref.weight() for name, ref in source.tensors.items()}
     generator = torch.Generator().manual_seed(2)
     ids = [torch.randint(VOCAB_SIZE, size, generator=generator) for size in ((5, 24), (1, 7))]
-    monkeypatch.setattr(streams, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(streams.base, "BATCH_TOKENS", 50)
     stream = DenseStream(source.config, family, weights, ids)
     assert len(stream.states) == 4
     masks = {id(call[0][1].get("attention_mask")) for call in stream._calls[:2]}

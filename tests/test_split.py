@@ -375,8 +375,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"experts__method": "clone", "router__init": "normal", "experts__edits": ["tune"]},
         "The edit tune fits parts of one FFN",
     ),
-    "representative": ({"router__init": "representative"}, "Only the groups of strategy cmoe"),
-    "grouped": ({"router__init": "grouped"}, "Only the groups of strategy gradient"),
+    "representative": ({"router__init": "representative"}, "comes out of the strategy cmoe"),
+    "grouped": ({"router__init": "grouped"}, "comes out of the strategy gradient"),
     "few tokens": ({"data__max_tokens": 256}, "256 tokens, and solving for 96 neurons needs 384"),
 }
 

@@ -92,10 +92,11 @@ class Layers:
         self._weights = {n: ref.weight() for n, ref in read_folder(job.folder).items()}
         self._names = loaded_names(full_config(config), self._weights)
         around = {n: w for n, w in self._weights.items() if _layer_of(n) is None}
-        with torch.no_grad():
-            self.stream = ConvertedStream(config, around, rows_BT, job.device)
         source = open_source(str(job.dense))
         self._family, _ = find_family(source.config)
+        tables = self._family.token_tables
+        with torch.no_grad():
+            self.stream = ConvertedStream(config, around, rows_BT, job.device, tables)
         self._dense = {name: ref.weight() for name, ref in source.tensors.items()}
         self._dense_model = skeleton(source.config)
 

@@ -159,6 +159,7 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
             "Use --shared-experts 1.",
         )
     _check_fixed_router(recipe, target)
+    _check_made_router(recipe)
     layers = _layers(recipe, body)
     size = recipe.experts.expert_size(body.ffn_size, wanted.num_experts + wanted.shared_experts)
     shared_size = recipe.experts.shared_size(body.ffn_size, size, wanted.shared_experts)
@@ -205,6 +206,24 @@ def _check_fixed_router(recipe: Recipe, target: MoeTarget) -> None:
             f"The router of {target.model_type} shares weights between experts whose logits tie, "
             "so it cannot start from zeros.",
             "Use --router normal.",
+        )
+
+
+def _check_made_router(recipe: Recipe) -> None:
+    """Refuse a router that is made together with experts which are not there."""
+    kind, method = recipe.router.kind, recipe.experts
+    strategy = getattr(method, "strategy", None)
+    wanted = {"representative": "cmoe", "grouped": "gradient"}.get(kind, strategy)
+    if recipe.router.fitted and not isinstance(method, Split):
+        raise UsageError(
+            f"A {kind} router is fitted to parts of one FFN, and experts.method is "
+            f"{method.method}.",
+            "Use --method split, or --router normal.",
+        )
+    if wanted != strategy:
+        raise UsageError(
+            f"A {kind} router comes out of the strategy {wanted}, and this one is {strategy}.",
+            "Use --router distill.",
         )
 
 

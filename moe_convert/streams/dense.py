@@ -1,0 +1,63 @@
+"""The dense model's stream, through the source's own layer class.
+
+B rows · T tokens · D hidden size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moe_convert.families import DenseFamily, layer_name
+from moe_convert.ffn import Weight
+from moe_convert.streams.base import Stream, flat, skeleton
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DenseStream(Stream):
+    """The dense model's hidden states."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        family: DenseFamily,
+        weights: Mapping[str, Weight],
+        ids: torch.Tensor | Sequence[torch.Tensor],
+        device: str = "cpu",
+    ) -> None:
+        """Embed the token ids; `weights` are the source's."""
+        self._family, self._next = family, 0
+        self._received: torch.Tensor | None = None
+        model = skeleton(config)
+        super().__init__(model, family.layers, weights, ids, family.token_tables, device)
+
+    def reach(self, layer: int) -> torch.Tensor:
+        """Run the model up to and with this layer; return what its FFN received, fp32 [T, D].
+
+        T runs over all rows of all tensors of ids, in their order.
+        """
+        while self._next <= layer:
+            self._received = self._advance(self._next)
+            self._next += 1
+        assert self._received is not None
+        assert self._next == layer + 1, "the stream does not go back"
+        return self._received
+
+    def _advance(self, layer: int) -> torch.Tensor:
+        module, prefix = self._layers[layer], layer_name(layer, "")
+        state = {
+            name.removeprefix(prefix): weight.load().float().to(self._device)
+            for name, weight in self._weights.items()
+            if name.startswith(prefix) and "rotary_emb" not in name
+        }
+        module.load_state_dict(state, assign=True)
+        received: list[torch.Tensor] = []
+        ffn = module.get_submodule(self._family.ffn_module)
+        hook = ffn.register_forward_pre_hook(lambda _, args: received.append(args[0]))
+        for batch in range(len(self.states)):
+            self.states[batch] = self._run(layer, batch)
+        hook.remove()
+        module.to("meta")
+        return flat(received)
