@@ -28,6 +28,7 @@ from moe_convert.units import num_bytes, num_params
 
 if TYPE_CHECKING:
     from moe_convert.devices import DeviceRow
+    from moe_convert.experts import ExpertsNode
     from moe_convert.hub import Pushed
     from moe_convert.manifest import Manifest, Routing, SplitReport, VerifyReport
     from moe_convert.plan import Plan
@@ -222,7 +223,7 @@ def plan_table(plan: Plan) -> Table:
         "source": f"{plan.source.name}  {plan.layout.family.model_type}, "
         f"{num_params(plan.params_dense)} parameters, {plan.source.dtype}",
         "target": f"{plan.target.model_type} ({plan.target.architecture})",
-        "method": f"{plan.recipe.experts.method} ({plan.recipe.experts.paper}), "
+        "method": f"{method_name(plan.recipe.experts)} ({plan.recipe.experts.paper}), "
         f"router {plan.recipe.router.kind}",
         "experts": f"{shape.num_experts} routed{shared}, top-{shape.top_k}, width "
         f"{shape.expert_size} in {len(shape.moe_layers)} of {body.num_layers} layers{dense}"
@@ -252,6 +253,11 @@ def plan_table(plan: Plan) -> Table:
     for target, reasons in plan.refused.items():
         table.add_row(f"not {target}", _plain("; ".join(reasons)))
     return table
+
+
+def method_name(method: ExpertsNode) -> str:
+    """Return the method, and for a split its strategy."""
+    return f"{method.method} {getattr(method, 'strategy', '')}".rstrip()
 
 
 def _push_row(plan: Plan) -> dict[str, str]:
