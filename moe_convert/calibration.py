@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from moe_convert.errors import UsageError
 from moe_convert.experts import Clone, Compose, ExpertsNode, SharedResidual, Split
 from moe_convert.targets import MoeTarget
+from moe_convert.training.settings import Node, Optimizer, Schedule
 
 Part = Literal["router", "experts", "norms", "all"]
 Tracker = Literal["trackio", "tensorboard", "wandb"]
@@ -25,12 +26,6 @@ FULL_TOKENS = 2_000_000
 CPU_TOKENS = 131_072
 STEP_TOKENS = 8192
 """Tokens of one optimiser step where nobody says otherwise."""
-
-
-class Node(BaseModel):
-    """A part of the section; fields it does not define are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Objective(Node):
@@ -51,28 +46,6 @@ class Objective(Node):
     def terms(self) -> dict[str, float]:
         """The terms that count."""
         return {name: weight for name, weight in self.model_dump().items() if weight}
-
-
-class Optimizer(Node):
-    """AdamW; an entry of a router moves in proportion to the spread of its rows.
-
-    An Adam step moves every entry by about the learning rate, whatever its size. Router rows come
-    in very different sizes - a split flattens them on purpose - and a step as large as the rows
-    would undo them, so their rate is `router_factor` times `lr` for rows of a spread of 0.02.
-    """
-
-    name: Literal["adamw"] = "adamw"
-    lr: float | None = Field(None, gt=0, description="learning rate of all but the routers")
-    router_factor: float | None = Field(None, gt=0, description="what routers multiply it by")
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.0, ge=0)
-
-
-class Schedule(Node):
-    """The learning rate over the run: linear warm-up, then cosine to zero, or constant."""
-
-    name: Literal["cosine", "constant"] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps")
 
 
 class EarlyStop(Node):

@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from moe_convert.calibrate.job import Job, Request, order, prepare
+from moe_convert.calibrate.job import Job, Request, prepare
 from moe_convert.calibrate.loop import Models
 from moe_convert.calibrate.models import load, prepare_student, share_weights, target_of
-from moe_convert.calibrate.optimizer import Stepper, rate_at
 from moe_convert.calibrate.report import Silent, StepRecord
 from moe_convert.calibrate.run import named_tensors, run, stored_tensors
 from moe_convert.calibrate.watch import Watch
-from moe_convert.calibration import Calibration, Schedule, patterns, wanted
+from moe_convert.calibration import Calibration, patterns, wanted
 from moe_convert.checkpoint import open_source, read_folder
 from moe_convert.checkpoint.replace import WORK, commit, recover, stage_tensors
 from moe_convert.data import Data
@@ -32,6 +31,9 @@ from moe_convert.errors import MissingDependencyError, UsageError, VerificationE
 from moe_convert.experts import Clone, Contribution
 from moe_convert.manifest import CalibrationReport, load_manifest
 from moe_convert.targets import TARGETS
+from moe_convert.training.batches import order
+from moe_convert.training.optimizer import Stepper, Trained, rate_at
+from moe_convert.training.settings import Schedule
 from tests.conftest import Dense
 from tests.test_cli import invoke
 from tests.tiny import pairs
@@ -269,8 +271,6 @@ def test_frozen_weights_are_shared_with_the_teacher_and_have_no_state(
 
 def test_router_steps_keep_to_the_size_of_the_rows() -> None:
     """Rows of a tenth of the size move by a tenth of the step."""
-    from moe_convert.calibrate.models import Trained
-
     rates = {"lr": 1e-4, "router_factor": 10}
     section = Calibration.model_validate({"optimizer": rates, "schedule": {"warmup": 0}})
     moved = []

@@ -22,9 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
-from moe_convert.calibrate.job import Job, order
-from moe_convert.calibrate.models import Trained, modules_of, target_of
-from moe_convert.calibrate.optimizer import Stepper
+from moe_convert.calibrate.job import Job
+from moe_convert.calibrate.models import modules_of, target_of
 from moe_convert.calibrate.report import StepRecord
 from moe_convert.calibrate.watch import Watch
 from moe_convert.calibration import PARTS, Part, patterns
@@ -37,6 +36,8 @@ from moe_convert.families import find_family, layer_name
 from moe_convert.ffn import Weight
 from moe_convert.losses import hidden_error, load_balance, max_violation, num_dead, router_z
 from moe_convert.streams import ConvertedStream, skeleton
+from moe_convert.training.batches import order
+from moe_convert.training.optimizer import Stepper, Trained
 
 if TYPE_CHECKING:
     from moe_convert.targets import MoeTarget

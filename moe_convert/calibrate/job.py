@@ -206,15 +206,3 @@ def _fingerprint(manifest: Manifest, section: Calibration, rows: int, ids_BT: to
 def world_size() -> int:
     """Return how many processes a launcher says there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def order(num_rows: int, start: int, count: int, seed: int) -> list[int]:
-    """Return the rows at `count` positions from `start` on, in passes of a new order each."""
-    import torch
-
-    found: list[int] = []
-    while len(found) < count:
-        turn, offset = divmod(start + len(found), num_rows)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
-        found += torch.randperm(num_rows, generator=generator)[offset:].tolist()
-    return found[:count]

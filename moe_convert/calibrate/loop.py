@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
 
-from moe_convert.calibrate import state
-from moe_convert.calibrate.job import Job, order
-from moe_convert.calibrate.measure import labels_of
+from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.models import selection_biases
-from moe_convert.calibrate.optimizer import Stepper
 from moe_convert.calibrate.report import StepRecord
 from moe_convert.calibrate.watch import Watch
 from moe_convert.errors import VerificationError
@@ -35,6 +29,10 @@ from moe_convert.losses import (
     num_dead,
     router_z,
 )
+from moe_convert.training import state
+from moe_convert.training.batches import labels_of, order
+from moe_convert.training.optimizer import Stepper
+from moe_convert.training.stopping import stop_signal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -92,7 +90,7 @@ class Loop:
             VerificationError: the loss is not finite, or far above that of the first step.
             KeyboardInterrupt: a signal asked to stop; a checkpoint has been written.
         """
-        with _stop_signal() as stop:
+        with stop_signal() as stop:
             while self.position.step < self.job.steps and not self.stopped_early:
                 started = time.monotonic()
                 sums = self._step()
@@ -234,25 +232,3 @@ class Loop:
         if not self._accelerator.is_main_process:
             return None
         return state.save(self.job.folder, self.position, tensors, self._section.keep)
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Turn the first interrupt into an event, so that a step is finished; a second one breaks."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,21 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from moe_convert.calibrate.watch import Watch
-from moe_convert.losses import NO_LABEL, cross_entropy, distillation, max_violation, num_dead
+from moe_convert.losses import cross_entropy, distillation, max_violation, num_dead
 from moe_convert.manifest import Measured
+from moe_convert.training.batches import labels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_LOSS = 50.0
 PERMUTATION_SEED = 0
-
-
-def labels_of(ids_BT: torch.Tensor) -> torch.Tensor:
-    """Return the next token at every place, int64 [B * T]; a row's last one has none."""
-    labels_BT = ids_BT.roll(-1, dims=1)
-    labels_BT[:, -1] = NO_LABEL
-    return labels_BT.flatten()
 
 
 def measure(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +14,18 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moe_convert.calibrate.shards import is_cut, whole
 from moe_convert.calibration import PARTS, Calibration, Part, patterns
 from moe_convert.checkpoint.names import auto_class
 from moe_convert.checkpoint.source import read_config
 from moe_convert.errors import SourceError
 from moe_convert.targets import TARGETS, MoeTarget
 from moe_convert.targets.custom import custom_target, written_by_us
+from moe_convert.training.optimizer import Trained
+from moe_convert.training.shards import is_cut
 from moe_convert.wrappers import written_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NOMINAL_SPREAD = 0.02
-"""Spread of router rows for which their learning rate holds as it is given."""
 
 
 def target_of(folder: Path) -> MoeTarget:
@@ -57,24 +54,6 @@ def load(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
         folder, dtype=dtype, trust_remote_code=trusted, **options
     )
     return model.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One trained tensor: its name in memory, the model's copy and the fp32 one that is stepped."""
-
-    name: str
-    part: Part
-    parameter: torch.nn.Parameter
-    master: torch.Tensor
-
-    @property
-    def rate(self) -> float:
-        """What its learning rate is multiplied by: for routers, the spread of the rows."""
-        if self.part != "router":
-            return 1.0
-        spread = float(whole(self.master.detach()).square().mean().sqrt())
-        return spread / NOMINAL_SPREAD if spread else 1.0
 
 
 def modules_of(model: PreTrainedModel, suffix: str) -> list[tuple[str, torch.nn.Module]]:

@@ -18,7 +18,6 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_convert.calibrate import state
 from moe_convert.calibrate.hidden import check_hidden, train_hidden
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.loop import Loop, Models
@@ -29,9 +28,7 @@ from moe_convert.calibrate.models import (
     share_weights,
     target_of,
 )
-from moe_convert.calibrate.optimizer import Stepper
 from moe_convert.calibrate.report import Log, Silent, StepRecord, Watcher, check_trackers
-from moe_convert.calibrate.shards import config_of, whole
 from moe_convert.calibrate.watch import Watch
 from moe_convert.checkpoint import read_folder
 from moe_convert.checkpoint.replace import commit, stage_tensors, stage_text
@@ -43,6 +40,9 @@ from moe_convert.manifest import (
     Measured,
     load_manifest,
 )
+from moe_convert.training import state
+from moe_convert.training.optimizer import Stepper
+from moe_convert.training.shards import config_of, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

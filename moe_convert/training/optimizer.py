@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from moe_convert.calibrate.models import Trained
-from moe_convert.calibrate.shards import clip, fill, is_cut, whole
-from moe_convert.calibration import Calibration, Schedule
+from moe_convert.training.settings import Descent, Schedule
+from moe_convert.training.shards import clip, fill, is_cut, whole
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of each tensor."""
+NOMINAL_SPREAD = 0.02
+"""Spread of router rows for which their learning rate holds as it is given."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained tensor: its name in memory, the model's copy and the fp32 one that is stepped."""
+
+    name: str
+    part: str
+    parameter: torch.nn.Parameter
+    master: torch.Tensor
+
+    @property
+    def rate(self) -> float:
+        """What its learning rate is multiplied by: for routers, the spread of the rows."""
+        if self.part != "router":
+            return 1.0
+        spread = float(whole(self.master.detach()).square().mean().sqrt())
+        return spread / NOMINAL_SPREAD if spread else 1.0
 
 
 def rate_at(schedule: Schedule, step: int, steps: int) -> float:
@@ -28,7 +48,7 @@ def rate_at(schedule: Schedule, step: int, steps: int) -> float:
 class Stepper:
     """Moves the trained tensors; holds the only optimiser state there is."""
 
-    def __init__(self, trained: Sequence[Trained], section: Calibration, steps: int) -> None:
+    def __init__(self, trained: Sequence[Trained], section: Descent, steps: int) -> None:
         """Make a group for every learning rate."""
         self.trained, self._section, self._steps = list(trained), section, steps
         settings = section.optimizer

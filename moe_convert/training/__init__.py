@@ -1,0 +1,1 @@
+"""What every training run of this package shares: rates, the optimiser, batches, checkpoints."""
