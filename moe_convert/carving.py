@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from moe_convert.ffn import Grouping, Neurons
 from moe_convert.runtime import exact_products
+from moe_convert.selection import Scoring, scored
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,8 @@ class Carved:
     """A dense FFN of which only the shared neurons and those of the chosen experts fire.
 
     `group_F` is the expert of every neuron, E for the shared ones; a token's `top_k` experts are
-    those with the largest `router_ED` · x + `bias_E`, and each counts once.
+    those with the largest logits `router_ED` · x or, with a `bias_E`, the largest sum of it and
+    their score, and each counts once.
     """
 
     neurons: Neurons
@@ -39,24 +41,31 @@ class Carved:
     router_ED: torch.Tensor
     top_k: int
     bias_E: torch.Tensor | None = None
+    scoring: Scoring = "sigmoid"
 
     @classmethod
     def of(
-        cls, neurons: Neurons, grouping: Grouping, router_ED: torch.Tensor, top_k: int
+        cls,
+        neurons: Neurons,
+        grouping: Grouping,
+        router_ED: torch.Tensor,
+        top_k: int,
+        bias_E: torch.Tensor | None = None,
+        scoring: Scoring = "sigmoid",
     ) -> Carved:
-        """Carve an FFN."""
-        num_experts = len(grouping.routed_EN)
+        """Carve an FFN; rows beyond the groups are of experts that have no neurons."""
+        num_experts = len(router_ED)
         group_F = neurons.gate_FD.new_full((len(neurons.gate_FD),), num_experts).long()
         for expert, neurons_N in enumerate(grouping.routed_EN):
             group_F[neurons_N.to(group_F.device)] = expert
-        return cls(neurons, group_F, router_ED.to(neurons.gate_FD), top_k)
+        return cls(neurons, group_F, router_ED.to(neurons.gate_FD), top_k, bias_E, scoring)
 
     def fires(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return one for every neuron that fires and zero for the others, fp32 [T, F]."""
         with exact_products(x_TD.device.type):
             scores_TE = x_TD.float() @ self.router_ED.T
         if self.bias_E is not None:
-            scores_TE = scores_TE + self.bias_E
+            scores_TE = scored(scores_TE, self.scoring) + self.bias_E
         fires = scores_TE.new_zeros(len(x_TD), scores_TE.shape[1] + 1)
         fires.scatter_(1, scores_TE.topk(self.top_k, dim=1).indices, 1.0)
         fires[:, -1] = 1.0

@@ -340,9 +340,10 @@ def routing_lines(routing: Routing) -> Iterator[str]:
         f"{high:.3g}, condition number {condition}"
     )
     experts = sum(len(load) for load in routing.load)
+    before = f" (unbalanced {routing.unbalanced:.2f})" if routing.unbalanced else ""
     yield (
         f"load      {routing.entropy_mean:.1%} even, busiest expert {routing.max_over_mean:.2f} "
-        f"times its share, {routing.dead_experts} of {experts} nearly unused"
+        f"times its share{before}, {routing.dead_experts} of {experts} nearly unused"
     )
 
 

@@ -90,7 +90,7 @@ def convert(plan: Plan, progress: Progress = silent) -> Manifest:
         warnings = _nonfinite_warnings(refs, broken)
     _write_side_files(plan, local, partial)
     routing = routing_report(plan.recipe, inputs, make.found)
-    warnings += routing_notes(routing)
+    warnings += routing_notes(routing, plan.recipe.router.balance)
     manifest = _manifest(plan, local, partial, hashes, warnings, hashing)
     manifest.routing = routing
     manifest.split = make.report

@@ -226,10 +226,11 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of one layer."""
+    """The experts of one layer; `bias_E` is what steers which of them are chosen, fp32."""
 
     routed: tuple[Ffn, ...]
     shared: Ffn
+    bias_E: torch.Tensor | None = None
 
 
 def gather(sources: tuple[Ffn, ...], assignment: Assignment) -> Experts:

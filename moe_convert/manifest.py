@@ -120,7 +120,8 @@ class Routing(Model):
     `load` is each expert's share of all choices. `condition` is the condition number of the
     distinct rows less their mean, null where they depend on each other, and `closest` the largest
     cosine between two of them. Entropies are those of the load over the largest possible one, and
-    an expert is dead that gets less than a tenth of its fair share.
+    an expert is dead that gets less than a tenth of its fair share. `unbalanced` is what
+    `max_over_mean` would be without the selection bias that balances the load, null without one.
     """
 
     data: str
@@ -135,6 +136,7 @@ class Routing(Model):
     entropy_min: float
     max_over_mean: float
     dead_experts: int
+    unbalanced: float | None = None
 
 
 class Measured(Model):

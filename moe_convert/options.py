@@ -167,6 +167,14 @@ CHOICES: dict[str, Choice] = {
         "Standard deviation of the router's logits (default: 0.5).",
         "Router",
     ),
+    "balance_router": Choice(
+        ("router.balance",),
+        float,
+        "--balance-router",
+        "split: bias the choice until no expert gets more than its share by this, such as 0.03 "
+        "(default: off; it costs quality).",
+        "Router",
+    ),
     "measure": Choice(
         ("router.measure",),
         bool,

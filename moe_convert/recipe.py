@@ -192,7 +192,8 @@ class Recipe(Section):
         if not isinstance(method, Split):
             return False
         fits = any(isinstance(edit, Fit) for edit in method.edits)
-        return method.needs != "nothing" or self.router.fitted or fits
+        made = self.router.fitted or self.router.steers
+        return method.needs != "nothing" or made or fits
 
     @property
     def needs_input(self) -> bool:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moe_convert.clustering import kmeans
 from moe_convert.errors import UsageError
 from moe_convert.ffn import Grouping, Neurons
+from moe_convert.selection import Scoring, scored
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,12 @@ class Router(BaseModel):
     )
     prompts: Prompts = Field((), description="init prompts: a list of texts for every expert.")
     negative_prompts: Prompts = Field((), description="Texts that each expert should not get.")
+    balance: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="split: bias the choice until no expert exceeds its share by more than this",
+    )
     seed: int = Field(0, ge=0)
 
     summaries: ClassVar[dict[str, str]] = {
@@ -95,6 +102,11 @@ class Router(BaseModel):
     def kind(self) -> str:
         """The initialiser with `auto` resolved."""
         return "normal" if self.init == "auto" else self.init
+
+    @property
+    def steers(self) -> bool:
+        """Whether a selection bias is made on data."""
+        return self.balance is not None
 
     @property
     def learns(self) -> bool:
@@ -256,18 +268,20 @@ class Routed:
 
     `condition` is the ratio of the largest to the smallest singular value of the distinct rows less
     their mean, which softmax does not see; None if they depend on each other. `closest` is the
-    largest cosine between two distinct rows. `load_E` is each expert's share of all choices.
+    largest cosine between two distinct rows. `load_E` is each expert's share of all choices, and
+    `unsteered_E` what it would be without the selection bias that was made for it.
     """
 
     logit_std: float
     condition: float | None
     closest: float
     load_E: torch.Tensor
+    unsteered_E: torch.Tensor | None = None
 
     @property
     def max_over_mean(self) -> float:
         """How many times its fair share the busiest expert gets."""
-        return float(self.load_E.max()) * len(self.load_E)
+        return busiest(self.load_E)
 
     @property
     def entropy(self) -> float:
@@ -282,17 +296,40 @@ class Routed:
         return int((self.load_E * len(self.load_E) < 0.1).sum())
 
 
-def routed(rows_ED: torch.Tensor, x_TD: torch.Tensor, shape: MoeShape, copies: int) -> Routed:
-    """Return what a router does with these states; `copies` neighbours share each row."""
-    import torch
+def busiest(load_E: torch.Tensor) -> float:
+    """Return how many times its fair share the busiest expert gets."""
+    return float(load_E.max()) * len(load_E)
 
+
+def routed(
+    rows_ED: torch.Tensor,
+    x_TD: torch.Tensor,
+    shape: MoeShape,
+    copies: int,
+    bias_E: torch.Tensor | None = None,
+    scoring: Scoring = "sigmoid",
+) -> Routed:
+    """Return what a router does with these states; `copies` neighbours share each row.
+
+    A `bias_E` is added to the scores of a target without groups.
+    """
     rows_ED = rows_ED.float()
     logits_TE = x_TD.float() @ rows_ED.T
-    chosen_TK = within_groups(logits_TE, shape).topk(shape.top_k, dim=1).indices
-    counts_E = torch.bincount(chosen_TK.flatten(), minlength=shape.num_experts)
-    load_E = counts_E.double() / counts_E.sum()
+    load_E, unsteered_E = _load(within_groups(logits_TE, shape), shape), None
+    if bias_E is not None:
+        load_E, unsteered_E = _load(scored(logits_TE, scoring) + bias_E, shape), load_E
     distinct_RD = rows_ED[::copies]
-    return Routed(float(logits_TE.std()), condition(distinct_RD), closest(distinct_RD), load_E)
+    spread = float(logits_TE.std())
+    return Routed(spread, condition(distinct_RD), closest(distinct_RD), load_E, unsteered_E)
+
+
+def _load(choice_TE: torch.Tensor, shape: MoeShape) -> torch.Tensor:
+    """Return each expert's share of all choices, fp64."""
+    import torch
+
+    chosen_TK = choice_TE.topk(shape.top_k, dim=1).indices
+    counts_E = torch.bincount(chosen_TK.flatten(), minlength=shape.num_experts)
+    return counts_E.double() / counts_E.sum()
 
 
 def within_groups(logits_TE: torch.Tensor, shape: MoeShape) -> torch.Tensor:

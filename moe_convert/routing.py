@@ -14,7 +14,7 @@ from moe_convert.inputs import Inputs, num_rows
 from moe_convert.manifest import Routing, Warning_
 from moe_convert.plan import Plan
 from moe_convert.recipe import Recipe
-from moe_convert.routers import Routed, routed
+from moe_convert.routers import Routed, busiest, routed
 from moe_convert.streams import DenseStream
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def routing_report(
     layers = sorted(measured)
     found = [measured[layer] for layer in layers]
     entropies = [one.entropy for one in found]
+    unsteered = [busiest(one.unsteered_E) for one in found if one.unsteered_E is not None]
     return Routing(
         data=recipe.data.name,
         tokens=inputs.data_BT.numel(),
@@ -94,13 +95,21 @@ def routing_report(
         entropy_min=min(entropies),
         max_over_mean=max(one.max_over_mean for one in found),
         dead_experts=sum(one.num_dead for one in found),
+        unbalanced=max(unsteered, default=None),
     )
 
 
-def routing_notes(report: Routing | None) -> Iterator[Warning_]:
-    """Yield a warning about rows that point the same way."""
+def routing_notes(report: Routing | None, balance: float | None = None) -> Iterator[Warning_]:
+    """Yield warnings about rows that point the same way, and a load less even than `balance`."""
     if report is None:
         return
+    if balance is not None and report.max_over_mean > 1 + balance:
+        yield Warning_(
+            code="unbalanced",
+            message=f"The busiest expert gets {report.max_over_mean:.3f} times its share, and "
+            f"router.balance asks for {1 + balance:.3f} at most.",
+            hint="Give more data, or allow more.",
+        )
     pairs = zip(report.layers, report.closest, strict=True)
     layers = [layer for layer, cosine in pairs if cosine > PARALLEL]
     if layers:

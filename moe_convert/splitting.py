@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from moe_convert.plan import Plan, blank_experts
 from moe_convert.plan.layout import Named, without_ffn
 from moe_convert.routers import Routed, States, routed
 from moe_convert.runtime import exact_products, products
+from moe_convert.selection import balancing_bias, scored
 from moe_convert.streams import ConvertedStream, DenseStream
 
 if TYPE_CHECKING:
@@ -38,11 +39,15 @@ MEASURED = 8192
 
 @dataclass(frozen=True)
 class Made:
-    """One layer: the FFN with its fitted values, who has which neurons, and the router's rows."""
+    """One layer: the FFN with its fitted values, who has which neurons, the router's rows.
+
+    `bias_E` is what steers the choice, if anything does.
+    """
 
     ffn: Ffn
     grouping: Grouping
     router_ED: torch.Tensor
+    bias_E: torch.Tensor | None
 
 
 class Splitter:
@@ -107,7 +112,7 @@ class Splitter:
         experts = edited(
             gather((made.ffn,), assignment), self._method.edits, self._method.seed, layer
         )
-        return experts, Weight.of(made.router_ED, plan.dtype)
+        return replace(experts, bias_E=made.bias_E), Weight.of(made.router_ED, plan.dtype)
 
     def _alone(self, named: Named) -> dict[str, Weight]:
         """Return tensors by the names that the decoder alone has for them."""
@@ -121,15 +126,18 @@ class Splitter:
             grouping = self._method.group(plan.shape, layer, neurons, sample)
             rows_ED = self._rows(layer, neurons, grouping, sample.x_TD)
         stored_ED = rows_ED.to(torch_dtype(plan.dtype)).float()
-        self._found[layer] = routed(stored_ED, sample.x_TD, plan.shape, 1)
-        carved = Carved.of(neurons, grouping, stored_ED, plan.shape.top_k)
+        bias_E, scoring = self._bias(stored_ED, sample.x_TD), plan.target.scoring
+        self._found[layer] = routed(stored_ED, sample.x_TD, plan.shape, 1, bias_E, scoring)
+        top_k = plan.shape.top_k
+        carved = Carved.of(neurons, grouping, stored_ED, top_k, bias_E, scoring)
         for edit in self._method.edits:
             if isinstance(edit, Fit):
                 carved = edit.fit(carved, sample, seed)
         part = slice(0, None, max(1, len(sample.x_TD) // MEASURED))
         given_TD = carved(sample.x_TD[part])
         self._local_errors[layer] = relative_error(given_TD, sample.target_TD[part])
-        return Made(_stored(carved.neurons, ffn), grouping, rows_ED.cpu())
+        stored = _stored(carved.neurons, ffn)
+        return Made(stored, grouping, rows_ED.cpu(), None if bias_E is None else bias_E.cpu())
 
     def _sample(self, layer: int, neurons: Neurons) -> FfnSample:
         """Bring both streams to a layer; return what its FFN receives and should give."""
@@ -170,6 +178,16 @@ class Splitter:
             rows_ED = router.rows(*size, layer, States(x_TD.cpu())).to(x_TD.device)
         return router.scaled(rows_ED, x_TD, None)
 
+    def _bias(self, stored_ED: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor | None:
+        """Return the selection bias of a layer whose router is stored so, fp32 [E], if any."""
+        tolerance, plan = self._plan.recipe.router.balance, self._plan
+        if tolerance is None:
+            return None
+        with exact_products(self._device):
+            logits_TE = x_TD.float() @ stored_ED.T
+        scores_TE = scored(logits_TE, plan.target.scoring)
+        return balancing_bias(scores_TE, plan.shape.top_k, tolerance)
+
     def leave(self, layer: int | None, tensors: Named) -> None:
         """Run the converted stream through a layer that was written."""
         if layer is None:
@@ -188,9 +206,15 @@ class Splitter:
         with self._products():
             self._dense.reach(layer)
             x_TD = self._converted.enter(layer, self._rest[layer])
-            name = self._plan.target.router_name(layer)
-            rows_ED = dict(tensors)[name].load().float().to(x_TD.device)
-            self._found[layer] = routed(rows_ED, x_TD, self._plan.shape, 1)
+            target, named = self._plan.target, dict(tensors)
+            bias = target.bias_name(layer)
+            bias_E = None
+            if self._plan.recipe.router.steers:
+                assert bias is not None
+                bias_E = named[bias].load().flatten().to(x_TD.device)
+            rows_ED = named[target.router_name(layer)].load().float().to(x_TD.device)
+            scoring = target.scoring
+            self._found[layer] = routed(rows_ED, x_TD, self._plan.shape, 1, bias_E, scoring)
 
     @property
     def found(self) -> dict[int, Routed]:

@@ -109,9 +109,10 @@ def routing_line(manifest: Manifest) -> str:
         )
     if found is None:
         return ""
+    before = f" ({found.unbalanced:.2f} without selection biases)" if found.unbalanced else ""
     return (
         f"On {found.tokens} tokens ({found.data}) the busiest expert gets "
-        f"{found.max_over_mean:.2f} times its fair share and {found.dead_experts} of "
+        f"{found.max_over_mean:.2f} times its fair share{before} and {found.dead_experts} of "
         f"{sum(map(len, found.load))} get next to nothing; the entropy of the load is "
         f"{found.entropy_mean:.1%} of that of an even one."
     )

@@ -199,9 +199,11 @@ class CheckpointWriter:
         def load() -> torch.Tensor:
             import torch
 
+            dtype = torch_dtype(spec.dtype)
+            if not spec.num_bytes:
+                return torch.empty(spec.shape, dtype=dtype)
             data = os.pread(self._files[number], spec.num_bytes, position)
-            flat = torch.frombuffer(bytearray(data), dtype=torch_dtype(spec.dtype))
-            return flat.view(spec.shape)
+            return torch.frombuffer(bytearray(data), dtype=dtype).view(spec.shape)
 
         return Weight(spec.shape, spec.dtype, load)
 

@@ -13,6 +13,7 @@ from moe_convert.experts import Split
 from moe_convert.families import Body, DenseFamily
 from moe_convert.families.custom import CUSTOM, CustomFamily, custom_hint
 from moe_convert.plan.model import GROUPED_MM_BYTES, bits
+from moe_convert.plan.selection import check_selection
 from moe_convert.recipe import Recipe, chosen_layers
 from moe_convert.targets import TARGETS, MoeShape, MoeTarget
 from moe_convert.targets.custom import custom_target
@@ -75,7 +76,8 @@ def _rows(family: DenseFamily) -> Mapping[str, MoeTarget]:
 def _suits(recipe: Recipe, body: Body, target: MoeTarget, wants_dense: bool) -> bool:
     shared_size = recipe.experts.shared_size(body.ffn_size, 1, recipe.target.shared_experts)
     shared = target.shared != "none" or not shared_size
-    return shared and (target.dense_layers != "none" or not wants_dense)
+    steered = target.selection_bias is not None or not recipe.router.steers
+    return shared and steered and (target.dense_layers != "none" or not wants_dense)
 
 
 def _layers(recipe: Recipe, body: Body) -> tuple[int, ...]:
@@ -160,6 +162,7 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
         )
     _check_fixed_router(recipe, target)
     _check_made_router(recipe)
+    check_selection(recipe, family, target)
     layers = _layers(recipe, body)
     size = recipe.experts.expert_size(body.ffn_size, wanted.num_experts + wanted.shared_experts)
     shared_size = recipe.experts.shared_size(body.ffn_size, size, wanted.shared_experts)

@@ -156,7 +156,9 @@ class MoeTarget:
     one unit. Where it is `shared_required`, zeros fill it if nobody asked for one.
 
     `places` holds a rule for each of Llama's tensors that is called, shaped or valued otherwise,
-    and `extras` the tensors that no dense model has, by their name inside the layer. `absorbs` are
+    and `extras` the tensors that no dense model has, by their name inside the layer;
+    `selection_bias` is which of them is added to the scores that decide who is chosen, and to
+    nothing else, where these are computed in fp32 whatever the weights are. `absorbs` are
     features of any value that `places` and `computed` see to, within `limits`. `fuses` names
     tensors that hold several of Llama's one above the other, and `on_disk` what Llama's prefixes
     are called in the files. `ties` says whether embedding and head may be one tensor;
@@ -192,6 +194,7 @@ class MoeTarget:
     limits: tuple[Callable[[Body], str | None], ...] = ()
     places: Mapping[str, Rule] = field(default_factory=dict)
     extras: Callable[[Body, MoeShape, str], Mapping[str, Weight]] = lambda body, shape, dtype: {}
+    selection_bias: str | None = None
     router_module: str = "mlp.gate"
     router_gives: Literal["logits", "shares"] = "logits"
     absorbs: frozenset[str] = frozenset()
@@ -298,6 +301,11 @@ class MoeTarget:
         """Return what the files call the router's rows of a layer."""
         return self._stored_name(layer_name(layer, self.router))
 
+    def bias_name(self, layer: int) -> str | None:
+        """Return what the files call the selection bias of a layer, if there is one."""
+        name = self.selection_bias
+        return None if name is None else self._stored_name(layer_name(layer, name))
+
     def place(self, name: str, weight: Weight, body: Body) -> Iterator[tuple[str, Weight]]:
         """Yield one of Llama's tensors as this target stores it."""
         layer, inside = split_name(name)
@@ -314,6 +322,10 @@ class MoeTarget:
     ) -> Iterator[tuple[str, Weight]]:
         """Yield name and weight of everything that replaces one dense FFN."""
         inside = {self.router: router_ED, **self.extras(body, shape, router_ED.dtype)}
+        if experts.bias_E is not None:
+            assert self.selection_bias is not None
+            size = inside[self.selection_bias].shape
+            inside[self.selection_bias] = Weight.of(experts.bias_E.view(size), "F32")
         inside |= dict(self.routed(experts.routed))
         if self.shared_as:
             idle = self.shared_required and not shape.shared_size

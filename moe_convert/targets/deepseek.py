@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_convert.families.body import Body
 from moe_convert.targets.base import TRANSFORMERS, Engine, MoeShape, MoeTarget, projections
-from moe_convert.targets.glm import SHAPE_KEYS, neutral_bias
+from moe_convert.targets.glm import SELECTION_BIAS, SHAPE_KEYS, neutral_bias
 
 
 def _dense_prefix(body: Body, shape: MoeShape) -> dict[str, Any]:
@@ -23,6 +23,7 @@ ROWS = (
         shared="units",
         shared_as=projections("mlp.shared_experts"),
         extras=neutral_bias,
+        selection_bias=SELECTION_BIAS,
         dense_layers="prefix",
         groups=True,
         always={"native": "mla"},

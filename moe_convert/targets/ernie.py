@@ -16,10 +16,12 @@ from moe_convert.targets.base import (
     projections,
 )
 
+SELECTION_BIAS = "mlp.moe_statics.e_score_correction_bias"
+
 
 def _neutral_bias(body: Body, shape: MoeShape, dtype: str) -> dict[str, Weight]:
     bias_1E = Weight.filled((1, shape.num_experts), 0.0, "F32")
-    return {"mlp.moe_statics.e_score_correction_bias": bias_1E}
+    return {SELECTION_BIAS: bias_1E}
 
 
 def _layers(body: Body, shape: MoeShape) -> dict[str, Any]:
@@ -39,6 +41,7 @@ ROWS = (
         shared="units",
         shared_as=if_any(projections("mlp.shared_experts")),
         extras=_neutral_bias,
+        selection_bias=SELECTION_BIAS,
         dense_layers="prefix",
         rope="interleaved",
         constants={

@@ -26,7 +26,7 @@ from moe_convert.targets.base import (
     whole_correction,
     window_types,
 )
-from moe_convert.targets.glm import neutral_bias
+from moe_convert.targets.glm import SELECTION_BIAS, neutral_bias
 
 LARGEST_EPS = 1e-5
 """The largest epsilon whose different weight beside a divided stream stays below rounding."""
@@ -82,6 +82,7 @@ ROWS = (
         scoring="sigmoid",
         scale_key="routed_scaling_factor",
         extras=neutral_bias,
+        selection_bias=SELECTION_BIAS,
         dense_layers="any",
         groups=True,
         holds={

@@ -29,9 +29,12 @@ SHAPE_KEYS = {
 }
 
 
+SELECTION_BIAS = "mlp.gate.e_score_correction_bias"
+
+
 def neutral_bias(body: Body, shape: MoeShape, dtype: str) -> dict[str, Weight]:
     """Add the selection bias as zeros; it is kept in fp32 whatever the weights are."""
-    return {"mlp.gate.e_score_correction_bias": Weight.filled((shape.num_experts,), 0.0, "F32")}
+    return {SELECTION_BIAS: Weight.filled((shape.num_experts,), 0.0, "F32")}
 
 
 def head_norm_only(body: Body) -> str | None:
@@ -76,6 +79,7 @@ ROWS = (
         shared="units",
         shared_as=projections("mlp.shared_experts"),
         extras=neutral_bias,
+        selection_bias=SELECTION_BIAS,
         dense_layers="prefix",
         groups=True,
         holds={
@@ -112,6 +116,7 @@ ROWS = (
         shared="units",
         shared_as=projections("mlp.shared_experts"),
         extras=neutral_bias,
+        selection_bias=SELECTION_BIAS,
         dense_layers="prefix",
         groups=True,
         holds={
@@ -140,6 +145,7 @@ ROWS = (
         shared="units",
         shared_as=projections("mlp.shared_experts"),
         extras=neutral_bias,
+        selection_bias=SELECTION_BIAS,
         groups=True,
         holds={"qkv_bias": "attention_bias"},
         constants={"norm_topk_prob": True, "output_router_logits": False},
@@ -166,6 +172,7 @@ ROWS = (
         shared_required=True,
         shared_as=projections("mlp.shared_mlp"),
         extras=_expert_bias,
+        selection_bias="mlp.expert_bias",
         dense_layers="any",
         holds={"qkv_bias": "attention_bias", "o_bias": "attention_bias"},
         always={"qk_norm": "head"},

@@ -1,0 +1,258 @@
+"""Biases that steer who is chosen: what stock classes do with them is what they were made for."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_convert.checkpoint import read_folder
+from moe_convert.convert import convert
+from moe_convert.data import Data, token_ids
+from moe_convert.errors import UsageError
+from moe_convert.manifest import Manifest
+from moe_convert.selection import balancing_bias, scored
+from moe_convert.splitting import Splitter
+from moe_convert.targets import TARGETS
+from tests.conftest import Dense
+from tests.tiny import TINY, VOCAB_SIZE
+from tests.tools import converted, load, planned
+
+SEQ_LEN, NUM_TOKENS = 64, 1024
+FAMILY_OF = {
+    "glm4_moe": "llama",
+    "solar_open": "llama",
+    "dots1": "qwen3",
+    "hy_v3": "qwen3",
+    "deepseek_v3": "youtu",
+    "ernie4_5_moe": "ernie4_5",
+    "beam": "gemma3_text",
+}
+"""A dense family for every target with a selection bias."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Words in random order, so that tokens come with different neighbours."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    draw = random.Random(3)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(draw.choices(letters, k=draw.randint(1, 7))) for _ in range(2000)]
+    path.write_text(" ".join(words), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def split(text: str) -> dict[str, Any]:
+    return {
+        "experts__method": "split",
+        "router__init": "auto",
+        "data__train": text,
+        "data__seq_len": SEQ_LEN,
+        "data__max_tokens": NUM_TOKENS,
+        "runtime__precision": "full",
+        "runtime__device": "cpu",
+        "target__num_experts": 6,
+        "target__top_k": 2,
+    }
+
+
+def dense_for(dense: Dense, target: str, **changes: Any) -> Path:
+    family = FAMILY_OF[target]
+    return dense(family, next(iter(TINY[family])), **changes)
+
+
+def ids_of(source: Path, text: str) -> torch.Tensor:
+    """Return the tokens that such a split was fitted to."""
+    return token_ids(Data(train=text, seq_len=SEQ_LEN, max_tokens=NUM_TOKENS), source, VOCAB_SIZE)
+
+
+def choices_of(model: Any, target: str, ids_BT: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Return input, chosen experts and weights of every router of a loaded model on some tokens."""
+    seen = list[dict[str, torch.Tensor]]()
+
+    def watch(module: Any, args: Any, out: Any) -> None:
+        x_TD = args[0].reshape(-1, args[0].shape[-1])
+        seen.append({"x": x_TD, "weights": out[1], "chosen": out[2]})
+
+    routers = [m for n, m in model.named_modules() if n.endswith(TARGETS[target].router_module)]
+    hooks = [
+        r.register_forward_hook(watch) for r in routers if next(r.parameters(), None) is not None
+    ]
+    with torch.no_grad():
+        model(ids_BT)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def losses_in_memory_and_loaded(
+    output: Path, states_TD: torch.Tensor, ids_BT: torch.Tensor
+) -> tuple[float, float]:
+    """Return the loss of the converted stream's last states, and that of the loaded model."""
+    model = load(output)
+
+    def loss(logits_BTV: torch.Tensor) -> float:
+        told = logits_BTV[:, :-1].flatten(0, 1)
+        return float(torch.nn.functional.cross_entropy(told, ids_BT[:, 1:].flatten()))
+
+    with torch.no_grad():
+        states_BTD = model.model.norm(states_TD).unflatten(0, ids_BT.shape)
+        return loss(model.lm_head(states_BTD)), loss(model(ids_BT).logits)
+
+
+@pytest.fixture
+def last_states(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Keep what the converted stream is at the end of a conversion."""
+    found = list[torch.Tensor]()
+    monkeypatch.setattr(Splitter, "close", lambda made: found.append(made._converted.states_TD))
+    return found
+
+
+def test_every_target_with_a_selection_bias_is_tried() -> None:
+    assert FAMILY_OF.keys() == {name for name, row in TARGETS.items() if row.selection_bias}
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_balancing_makes_the_load_even(scoring: Any, top_k: int) -> None:
+    """Although one expert is wanted far more often than the others."""
+    generator = torch.Generator().manual_seed(0)
+    logits_TE = torch.randn(4096, 8, generator=generator) * 2**-9
+    logits_TE[:, 5] += 2 * 2**-9
+    scores_TE = scored(logits_TE, scoring)
+
+    def excess(bias_E: torch.Tensor) -> float:
+        chosen = (scores_TE + bias_E).topk(top_k, dim=1).indices
+        return float(torch.bincount(chosen.flatten(), minlength=8).max()) / (512 * top_k) - 1
+
+    assert excess(torch.zeros(8)) > 0.5
+    assert excess(balancing_bias(scores_TE, top_k, 0.03)) <= 0.03
+
+
+def test_the_best_bias_is_kept_where_no_bias_balances() -> None:
+    """All tokens are the same one: whoever is chosen, it is always the same expert."""
+    scores_TE = torch.tensor([[0.5, 0.4, 0.1]]).expand(64, 3)
+    assert balancing_bias(scores_TE, 1, 0.05).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("target", list(FAMILY_OF))
+def test_a_balanced_split_is_balanced_as_stock_classes_run_it(
+    dense: Dense,
+    tmp_path: Path,
+    text: str,
+    split: dict[str, Any],
+    last_states: list[torch.Tensor],
+    target: str,
+) -> None:
+    source, output = dense_for(dense, target), tmp_path / "out"
+    changes = {**split, "target__architecture": target, "router__balance": 0.04}
+    manifest = converted(source, output, **changes)
+    ids_BT = ids_of(source, text)
+    found = choices_of(load(output), target, ids_BT)
+    loads = [
+        torch.bincount(one["chosen"].flatten(), minlength=6) / (NUM_TOKENS * 2) for one in found
+    ]
+    report = manifest.routing
+    assert report is not None
+    for load_E, told in zip(loads, report.load, strict=True):
+        assert told == pytest.approx(load_E.tolist(), abs=2e-3)
+        assert float(load_E.max()) * 6 - 1 < 0.05
+    assert report.max_over_mean <= 1.04
+    assert report.unbalanced is not None
+    assert report.unbalanced > 1.1
+    in_memory, loaded = losses_in_memory_and_loaded(output, last_states[0], ids_BT)
+    assert in_memory == pytest.approx(loaded, rel=1e-5)
+
+
+def biases_of(folder: Path, target: str) -> list[torch.Tensor]:
+    named, row = read_folder(folder), TARGETS[target]
+    return [named[str(row.bias_name(layer))].read() for layer in range(3)]
+
+
+def test_biases_are_stored_in_fp32_whatever_the_weights_are(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    source = dense(dtype="bfloat16", intermediate_size=112)
+    changes = {**split, "target__architecture": "glm4_moe", "target__num_experts": 7}
+    converted(source, tmp_path / "out", **changes, router__balance=0.04)
+    for bias_E in biases_of(tmp_path / "out", "glm4_moe"):
+        assert bias_E.dtype == torch.float32
+        assert bias_E.any()
+        assert not torch.equal(bias_E, bias_E.bfloat16().float())
+    converted(source, tmp_path / "plain", **changes)
+    assert not any(bias_E.any() for bias_E in biases_of(tmp_path / "plain", "glm4_moe"))
+
+
+def first_ffn(folder: Path, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Return what the FFN of layer 0 of a loaded model gives."""
+    model, seen = load(folder), list[torch.Tensor]()
+    model.model.layers[0].mlp.register_forward_hook(lambda *hooked: seen.append(hooked[2]))
+    with torch.no_grad():
+        model(ids_BT)
+    return seen[0].flatten(0, 1)
+
+
+def test_the_fit_sees_the_balanced_choice(
+    dense: Dense, tmp_path: Path, text: str, split: dict[str, Any]
+) -> None:
+    """Of layer 0, whose input no other layer changes."""
+    changes = {**split, "target__architecture": "glm4_moe", "experts__edits": [{"edit": "refit"}]}
+    plain = converted(dense(), tmp_path / "plain", **changes)
+    made = converted(dense(), tmp_path / "made", **changes, router__balance=0.04)
+    assert made.split is not None
+    assert plain.split is not None
+    assert made.split.layer_error[0] != pytest.approx(plain.split.layer_error[0], rel=1e-4)
+    given_TD, wanted_TD = (
+        first_ffn(folder, ids_of(dense(), text)) for folder in (tmp_path / "made", dense())
+    )
+    error = float((given_TD - wanted_TD).square().sum() / wanted_TD.square().sum())
+    assert made.split.layer_error[0] == pytest.approx(error, rel=1e-3)
+
+
+def test_an_interrupted_balanced_split_goes_on_to_the_same_report(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {**split, "target__architecture": "glm4_moe", "router__balance": 0.04}
+    whole = converted(dense(), tmp_path / "whole", **changes)
+    make = Splitter._make
+
+    def stop(made: Splitter, layer: int, ffn: Any) -> Any:
+        if layer == 2:
+            raise KeyboardInterrupt
+        return make(made, layer, ffn)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Splitter, "_make", stop)
+        with pytest.raises(KeyboardInterrupt):
+            converted(dense(), tmp_path / "out", **changes)
+    resumed: Manifest = convert(planned(dense(), tmp_path / "out", **changes))
+    assert resumed.routing == whole.routing
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target__architecture": "mixtral"}, r"mixtral has no selection bias.*glm4_moe or solar"),
+        (
+            {"experts__method": "clone", "router__init": "normal"},
+            r"method is clone.*--method split",
+        ),
+        ({"target__top_k": 6, "router__init": "distill"}, "every expert is chosen"),
+        ({"router__init": "zeros"}, r"all scores are equal.*--router distill"),
+        ({"target__num_groups": 2, "target__architecture": "glm4_moe"}, "does not know of groups"),
+    ],
+)
+def test_a_balance_that_cannot_be_made_is_refused(
+    dense: Dense, split: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        planned(dense(), **{**split, "router__balance": 0.05, **changes})
+
+
+def test_auto_takes_a_target_with_a_selection_bias(dense: Dense, split: dict[str, Any]) -> None:
+    assert planned(dense(), **split).target.model_type == "mixtral"
+    assert planned(dense(), **split, router__balance=0.05).target.model_type == "glm4_moe"
