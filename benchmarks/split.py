@@ -1,6 +1,6 @@
 """Splitting against its peers: perplexity after loading, for every strategy, fit and share.
 
-    python benchmarks/split.py --source MODEL --work DIR --data DIR [--device cuda]
+    python benchmarks/split.py --source MODEL --work DIR --data DIR [--device cuda] [--part 1/2]
 
 Calibration is 64 rows of 1,024 tokens, evaluation all whole rows of each text (`--eval-rows` at
 most), in fp32. `--data` holds `calibration.*` and `eval-NAME.*` files of text or JSON lines. Every
@@ -41,16 +41,10 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from moe_convert.carving import Carved, with_down
-from moe_convert.convert import convert
-from moe_convert.edits import Fit
-from moe_convert.ffn import FfnSample
-from moe_convert.plan import make_plan
-from moe_convert.recipe import SCHEMA, build_recipe
+from controls import counts, split_to, static
 
 SHARES = (0.25, 0.5, 0.75)
 FITS: dict[str, list[dict[str, Any]]] = {
@@ -68,38 +62,6 @@ STRATEGIES = (
     "weights",
     "random",
 )
-
-
-def counts(active: float, units: int) -> dict[str, int]:
-    """Return the counts of a share, half of what fires being shared."""
-    fires = round(active * units)
-    shared = fires // 2
-    return {
-        "target.num_experts": units - shared,
-        "target.top_k": fires - shared,
-        "target.shared_experts": shared,
-    }
-
-
-class Mute(Fit):
-    """Let nothing but the shared neurons fire, so that a split becomes static pruning."""
-
-    edit: Literal["mute"] = "mute"
-
-    def fit(self, carved: Carved, sample: FfnSample, seed: int) -> Carved:
-        """Empty `down` of the routed experts, and choose none of them."""
-        shared_F = carved.group_F == len(carved.router_ED)
-        return replace(with_down(carved, carved.neurons.down_DF * shared_F), top_k=0)
-
-
-def static(active: float, units: int) -> dict[str, int]:
-    """Return counts in which all that fires is shared; the one expert that is chosen is empty."""
-    fires = round(active * units)
-    return {
-        "target.num_experts": units - fires,
-        "target.top_k": 1,
-        "target.shared_experts": fires,
-    }
 
 
 def rows_of(data: Path) -> dict[str, Path]:
@@ -151,21 +113,13 @@ def run(name: str, fields: dict[str, Any], args: argparse.Namespace) -> tuple[Pa
     shutil.rmtree(folder, ignore_errors=True)
     places = {
         "source.model": args.source,
-        "output.dir": str(folder),
-        "output.card": False,
-        "experts.method": "split",
         "data.train": str(next(iter(sorted(args.data.glob("calibration.*"))))),
         "data.max_tokens": args.tokens,
         "target.architecture": args.target,
         "runtime.device": args.device,
     }
-    recipe = build_recipe({"schema": SCHEMA}, {**places, **fields})
-    if " static " in name:
-        method = recipe.experts.model_copy(update={"edits": (Mute(), *recipe.experts.edits)})
-        recipe = recipe.model_copy(update={"experts": method})
-    plan = make_plan(recipe)
     start = time.monotonic()
-    manifest = convert(plan)
+    manifest = split_to(folder, {**places, **fields}, muted=" static " in name)
     return folder, time.monotonic() - start, manifest
 
 
@@ -184,6 +138,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES)
     parser.add_argument("--fits", nargs="+", default=list(FITS))
     parser.add_argument("--static-fits", nargs="*", default=["two"])
+    parser.add_argument("--part", default="1/1", help="every N-th row from the M-th on, as M/N")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds")
     args = parser.parse_args()
@@ -203,7 +158,8 @@ def main() -> None:
     results: dict[str, Any] = {"dense": dense}
     print(f"{'':36}" + "".join(f"{name:>10}" for name in texts) + f"{'seconds':>9}")
     print(f"{'dense':36}" + "".join(f"{value:10.2f}" for value in dense.values()), flush=True)
-    for name, fields in jobs(args):
+    number, parts = map(int, args.part.split("/"))
+    for name, fields in list(jobs(args))[number - 1 :: parts]:
         if time.monotonic() - began > args.stop_after:
             print(f"stopped after {args.stop_after:.0f} s: {name} and what follows is missing")
             break
