@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from moe_convert.devices import DeviceRow
     from moe_convert.experts import ExpertsNode
     from moe_convert.hub import Pushed
-    from moe_convert.manifest import Manifest, Routing, SplitReport, VerifyReport
+    from moe_convert.manifest import Manifest, Routing, Sensitivity, SplitReport, VerifyReport
     from moe_convert.plan import Plan
 
 RESULT_SCHEMA = "moe-convert/result/1"
-PHASES = {"source": "fetch source", "write": "write text", "convert": "convert", "verify": "verify"}
+PHASES = {"source": "fetch source", "write": "write text", "layers": "try layers"}
+"""What the phases are called that have another name in the code."""
 PLAIN_INTERVAL_S = 5.0
 
 Format = Literal["auto", "human", "json", "quiet"]
@@ -228,6 +230,7 @@ def plan_table(plan: Plan) -> Table:
         "experts": f"{shape.num_experts} routed{shared}, top-{shape.top_k}, width "
         f"{shape.expert_size} in {len(shape.moe_layers)} of {body.num_layers} layers{dense}"
         f"{groups}",
+        **_layers_row(plan),
         "parameters": f"{num_params(plan.params_total)} total, "
         f"{num_params(plan.params_active)} active per token",
         "tensors": f"{len(plan.specs)} in {len(plan.shards)} files, stored as {plan.dtype}",
@@ -258,6 +261,17 @@ def plan_table(plan: Plan) -> Table:
 def method_name(method: ExpertsNode) -> str:
     """Return the method, and for a split its strategy."""
     return f"{method.method} {getattr(method, 'strategy', '')}".rstrip()
+
+
+def _layers_row(plan: Plan) -> dict[str, str]:
+    """Return what is open until it is measured, if anything is."""
+    if plan.densest is None:
+        return {}
+    most, active = len(plan.densest.shape.dense_layers), num_params(plan.densest.params_active)
+    return {
+        "layers": f"auto: decided by measurement before conversion; up to {most} stay dense, and "
+        f"then up to {active} parameters are active (all else here: none stays dense)"
+    }
 
 
 def _push_row(plan: Plan) -> dict[str, str]:
@@ -362,6 +376,19 @@ def split_lines(report: SplitReport) -> Iterator[str]:
     )
 
 
+def sensitivity_lines(found: Sensitivity) -> Iterator[str]:
+    """Yield what splitting each layer alone does to the model, drawn on a logarithmic scale."""
+    low, high = max(min(found.kl), 1e-9), max(*found.kl, 1e-9)
+    scale = (len(BLOCKS) - 1) / max(math.log(high / low), 1e-9)
+    drawn = "".join(BLOCKS[round(scale * math.log(max(kl, low) / low))] for kl in found.kl)
+    yield (
+        f"layers    {drawn} KL of a token with that layer alone split: {low:.2g} to {high:.2g} "
+        f"nats; the bar is {found.bar:.2g}"
+    )
+    kept = ", ".join(f"{layer} ({found.kl[layer]:.2g})" for layer in found.dense_layers)
+    yield f"          left dense: {kept or 'none, for no layer stands out'}"
+
+
 def verify_section(report: VerifyReport) -> dict[str, Any]:
     """Return the JSON section of a verification; what was not measured is left out."""
     return report.model_dump(exclude_none=True)
@@ -397,8 +424,18 @@ def plan_sections(plan: Plan) -> dict[str, Any]:
             ],
         },
         "engines": {name: list(notes) for name, notes in plan.engines.items()},
+        **({"densest": _densest_section(plan.densest)} if plan.densest else {}),
         "devices": [asdict(row) for row in plan.devices],
         "warnings": [{"code": n.code, "message": n.message, "hint": n.hint} for n in plan.warnings],
+    }
+
+
+def _densest_section(plan: Plan) -> dict[str, Any]:
+    """Return what the result has at most where a measurement decides which layers stay dense."""
+    return {
+        "num_dense_layers": len(plan.shape.dense_layers),
+        "params_total": plan.params_total,
+        "params_active": plan.params_active,
     }
 
 
@@ -414,6 +451,8 @@ def manifest_sections(manifest: Manifest, folder: Path) -> dict[str, Any]:
         sections["artifacts"]["card"] = str(folder / "README.md")
     if manifest.routing is not None:
         sections["routing"] = manifest.routing.model_dump()
+    if manifest.sensitivity is not None:
+        sections["sensitivity"] = manifest.sensitivity.model_dump()
     if manifest.split is not None:
         sections["split"] = manifest.split.model_dump()
     if manifest.verify is not None:

@@ -40,8 +40,11 @@ from moe_convert.plan import Plan, lay_out
 from moe_convert.provenance import Hashing, expert_files, files_of, with_origin
 from moe_convert.recipe import PushSection, Recipe
 from moe_convert.routing import routing_notes, routing_report
+from moe_convert.sensitivity import KEPT_NAME, settled
 
 PLAN_NAME = ".plan"
+WORKING_NAMES = (KEPT_NAME, PLAN_NAME)
+"""What lies in a folder under construction only."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how far it is and how far it goes."""
@@ -70,6 +73,7 @@ def convert(plan: Plan, progress: Progress = silent) -> Manifest:
     inputs = read_inputs(plan.recipe, plan.shape, vocab_size, local.folder, author)
     partial = _open_partial(plan, local, inputs)
     weights = _weights_around(plan, local)
+    plan, sensitivity = settled(plan, local, weights, inputs, partial, progress)
     refs = [*local.tensors.values(), *(r for e in distinct(plan.experts) for r in e.refs)]
     refs = sorted(refs, key=lambda ref: not ref.local)
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -94,8 +98,10 @@ def convert(plan: Plan, progress: Progress = silent) -> Manifest:
     manifest = _manifest(plan, local, partial, hashes, warnings, hashing)
     manifest.routing = routing
     manifest.split = make.report
+    manifest.sensitivity = sensitivity
     manifest.save(partial)
-    (partial / PLAN_NAME).unlink()
+    for name in WORKING_NAMES:
+        (partial / name).unlink(missing_ok=True)
     _publish(plan, partial)
     return manifest
 
@@ -279,7 +285,7 @@ def _manifest(
             sha256=hashes.get(path.name) or sha256_of(path),
         )
         for path in files
-        if path.name not in {PLAN_NAME, MANIFEST_NAME}
+        if path.name not in {*WORKING_NAMES, MANIFEST_NAME}
     ]
     notes = [Warning_(code=n.code, message=n.message, hint=n.hint) for n in plan.warnings]
     return Manifest(

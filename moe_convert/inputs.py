@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 TOKENS_PER_NEURON = 4
 """How many tokens `refit` needs at least for each column that it solves for."""
+FITTED_TOKENS = 8192
+"""Tokens at most to which a split is fitted whose hurt is measured layer by layer."""
+JUDGED_TOKENS = 2048
+"""Tokens at most on which that is measured; they are others than the fitted ones."""
+JUDGED_LENGTH = 512
+"""Tokens of a row at most that it is measured on."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,21 @@ class Inputs:
         """A hash of all token ids."""
         text = repr([ids.tolist() for ids in self.ids])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Evenly spaced rows to fit a trial to, and others, perhaps shorter, to judge it on.
+
+        Of little data an eighth of the rows is judged on; a single row serves for both.
+        """
+        num_rows, length = self.data_BT.shape
+        short = min(length, JUDGED_LENGTH)
+        num_judged = max(1, min(JUDGED_TOKENS // short, num_rows // 8))
+        judged = range(0, num_rows, num_rows // num_judged)[:num_judged]
+        others = [row for row in range(num_rows) if row not in judged] or [0]
+        num_fitted = min(len(others), max(1, FITTED_TOKENS // length))
+        fitted = others[:: len(others) // num_fitted][:num_fitted]
+        return self.data_BT[fitted], self.data_BT[list(judged), :short]
 
     def states(self, received_TD: torch.Tensor) -> States:
         """Sort what one layer received on `ids` into data and prompts' own tokens."""

@@ -114,6 +114,19 @@ class SplitReport(Model):
     layer_error: list[float | None]
 
 
+class Sensitivity(Model):
+    """What splitting one layer alone does to the model, by which some layers stay dense.
+
+    By layer: KL(dense ‖ with that layer split) of a token in nats, on `tokens` tokens. Layers above
+    `bar` stay dense as far as the target has a place for them.
+    """
+
+    tokens: int
+    kl: list[float]
+    bar: float
+    dense_layers: list[int]
+
+
 class Routing(Model):
     """What the first routers would do with the data; the lists have an entry per MoE layer.
 
@@ -201,6 +214,7 @@ class Manifest(Model):
     verify: VerifyReport | None = None
     routing: Routing | None = None
     split: SplitReport | None = None
+    sensitivity: Sensitivity | None = None
     calibration: CalibrationReport | None = None
     warnings: list[Warning_] = Field(default_factory=list)
     versions: dict[str, str]

@@ -66,7 +66,8 @@ CHOICES: dict[str, Choice] = {
         ("target.layers",),
         str,
         "--layers",
-        'Layers to convert: all, "4:", "::2" or "0,2,5" (default: all).',
+        'Layers to convert: all, "4:", "::2" or "0,2,5" (default: all); auto: a split measures '
+        "first which layers it hurts most, and leaves those dense.",
     ),
     "dtype": Choice(("target.dtype",), str, "--dtype", "auto (as the source), bf16, fp16 or fp32."),
     "dry_run": Choice((), bool, "--dry-run", "Only plan."),

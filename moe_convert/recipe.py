@@ -39,6 +39,8 @@ SPLIT_TOKENS = 65_536
 """Tokens that a split is fitted to by default."""
 FLAT_STD = 2.0**-9
 """Spread of the logits that leaves the chosen experts' weights equal to about one percent."""
+MEASURED = "auto"
+"""What `target.layers` says where a measurement decides which layers stay dense."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -72,7 +74,11 @@ class TargetSection(Section):
     active: float | None = Field(
         None, gt=0, lt=1, description="split: share of the FFN that fires; sets all three counts"
     )
-    layers: str | list[int] = Field("all", description='all, a slice "4:" or a list "0,2,5"')
+    layers: str | list[int] = Field(
+        "all",
+        description='all, a slice "4:", a list "0,2,5", or auto: a split leaves dense what it '
+        "hurts most",
+    )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     num_groups: int = Field(1, ge=1, description="groups of adjacent experts")
     top_groups: int = Field(1, ge=1, description="groups that a token may use")
@@ -251,10 +257,12 @@ def parse_bytes(text: str) -> int:
 def chosen_layers(layers: str | list[int], num_layers: int) -> tuple[int, ...]:
     """Return the numbers of the layers that `all`, a slice, a list or "0,2,5" chooses.
 
+    With `auto` they are those that may be chosen: all.
+
     Raises:
         ValueError: the text is none of these, or a number is outside the model.
     """
-    if layers == "all":
+    if layers in ("all", MEASURED):
         return tuple(range(num_layers))
     if isinstance(layers, str) and ":" in layers:
         bounds = [int(part) if part.strip() else None for part in layers.split(":")]
@@ -265,7 +273,7 @@ def chosen_layers(layers: str | list[int], num_layers: int) -> tuple[int, ...]:
         numbers = [int(part) for part in layers.split(",")] if isinstance(layers, str) else layers
     except ValueError:
         raise ValueError(
-            f"{layers!r} is neither all, nor a slice (4:), nor a list (0,2,5)"
+            f"{layers!r} is neither all, nor auto, nor a slice (4:), nor a list (0,2,5)"
         ) from None
     outside = [n for n in numbers if not -num_layers <= n < num_layers]
     if outside:

@@ -85,7 +85,7 @@ class Splitter:
                 device,
                 plan.layout.family.token_tables,
             )
-        self._gradients = _gradients(local, plan, inputs, method, device)
+        self._gradients = layer_gradients(local, plan, inputs.data_BT, device)
         self._found: dict[int, Routed] = {}
         self._errors: dict[int, float] = {}
         self._local_errors: dict[int, float] = {}
@@ -235,27 +235,31 @@ class Splitter:
         self._gradients.close()
 
 
-class _Gradients:
+class LayerGradients:
     """Loaders of every layer's gradients, and the folder in which they lie."""
 
     def __init__(self) -> None:
+        """Begin with none."""
         self.loaders: tuple[Callable[[], torch.Tensor], ...] = ()
         self._files = contextlib.ExitStack()
 
     def folder(self) -> Path:
+        """Create a folder that is there until all is closed."""
         return Path(self._files.enter_context(tempfile.TemporaryDirectory()))
 
     def close(self) -> None:
+        """Remove the folder."""
         self._files.close()
 
 
-def _gradients(local: Source, plan: Plan, inputs: Inputs, method: Split, device: str) -> _Gradients:
+def layer_gradients(local: Source, plan: Plan, ids_BT: torch.Tensor, device: str) -> LayerGradients:
     """Run the dense model backwards if the method asks for that."""
-    found = _Gradients()
-    if method.needs != "gradients":
+    found = LayerGradients()
+    method = plan.recipe.experts
+    if not isinstance(method, Split) or method.needs != "gradients":
         return found
     model = load_writer(local.folder).to(device)
-    found.loaders = spill_gradients(model, plan.layout.family, inputs.data_BT, found.folder())
+    found.loaders = spill_gradients(model, plan.layout.family, ids_BT, found.folder())
     return found
 
 

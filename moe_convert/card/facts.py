@@ -128,10 +128,24 @@ def methods(manifest: Manifest) -> Iterator[str]:
         yield linked(f"Edit: `{_options(edit)}`, {edit.summary} ({edit.paper}).")
     spread = "" if router.kind == "zeros" else f", logits of standard deviation {router.logit_std}"
     yield f"Routers: `{router.kind}`, {Router.summaries[router.kind]}{spread}."
+    yield from _left_dense(manifest)
     if isinstance(experts, Compose) and experts.attention == "average":
         yield "Everything else is the mean over the sources."
     else:
         yield f"Everything else is {link(manifest.source)}'s."
+
+
+def _left_dense(manifest: Manifest) -> Iterator[str]:
+    """Say which layers a measurement left dense, if one was made."""
+    found = manifest.sensitivity
+    if found is None:
+        return
+    numbers = ", ".join(map(str, found.dense_layers))
+    kept = f"layers {numbers} keep their dense FFN" if numbers else "no layer keeps its dense FFN"
+    yield (
+        f"Each layer was first split alone, on {found.tokens} tokens, which moves the model's "
+        f"predictions by {min(found.kl):.2g} to {max(found.kl):.2g} nats (KL); {kept}."
+    )
 
 
 def _options(edit: EditNode) -> str:

@@ -53,6 +53,7 @@ def upcycle(output: Output, values: dict[str, Any]) -> None:
         plan_table,
         push_lines,
         routing_lines,
+        sensitivity_lines,
         split_lines,
         verify_lines,
     )
@@ -72,6 +73,8 @@ def upcycle(output: Output, values: dict[str, Any]) -> None:
 
     def human(console: Any) -> None:
         for line in routing_lines(manifest.routing) if manifest.routing else ():
+            console.print(line, markup=False)
+        for line in sensitivity_lines(manifest.sensitivity) if manifest.sensitivity else ():
             console.print(line, markup=False)
         for line in split_lines(manifest.split) if manifest.split else ():
             console.print(line, markup=False)

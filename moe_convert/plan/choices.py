@@ -14,7 +14,7 @@ from moe_convert.families import Body, DenseFamily
 from moe_convert.families.custom import CUSTOM, CustomFamily, custom_hint
 from moe_convert.plan.model import GROUPED_MM_BYTES, bits
 from moe_convert.plan.selection import check_selection
-from moe_convert.recipe import Recipe, chosen_layers
+from moe_convert.recipe import MEASURED, Recipe, chosen_layers
 from moe_convert.targets import TARGETS, MoeShape, MoeTarget
 from moe_convert.targets.custom import custom_target
 from moe_convert.wrappers import WrappedFamily
@@ -59,7 +59,8 @@ def choose_target(
             f"{who} hold this {family.model_type} exactly ({reasons}).",
             f"Use --target {others[0]}." if others else custom_hint(family.model_type),
         )
-    wants_dense = len(_layers(recipe, body)) < body.num_layers
+    measured = recipe.target.layers == MEASURED
+    wants_dense = measured or len(_layers(recipe, body)) < body.num_layers
     if wanted == "auto":
         able = [n for n in fitting if _suits(recipe, body, rows[n], wants_dense)]
         fitting = able or fitting
@@ -89,6 +90,42 @@ def _layers(recipe: Recipe, body: Body) -> tuple[int, ...]:
     if not layers:
         raise UsageError(f"--layers {recipe.target.layers} chooses no layer of {body.num_layers}.")
     return layers
+
+
+def most_dense(num_layers: int) -> int:
+    """Return how many layers stay dense at most where a measurement decides: a quarter."""
+    return num_layers // 4
+
+
+def _check_measured(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTarget) -> None:
+    """Refuse to measure where that could not leave a layer dense for a reason."""
+    method, counts = recipe.experts, recipe.target
+    if not isinstance(method, Split) or counts.top_k == counts.num_experts:
+        what = "a split of which every expert fires"
+        what = what if isinstance(method, Split) else f"experts.method {method.method}"
+        raise UsageError(
+            "--layers auto leaves those layers dense that a split hurts most, and with "
+            f"{what} nothing is lost in any.",
+            "Use --layers all, or choose layers by number.",
+        )
+    if not recipe.carves:
+        raise UsageError(
+            f"--layers auto measures on data what a split does, and this one (strategy "
+            f"{method.strategy}, router {recipe.router.kind}) is made of none.",
+            "Use --strategy contribution, or choose layers by number.",
+        )
+    if target.dense_layers == "none":
+        able = [name for name in family.targets if _rows(family)[name].dense_layers != "none"]
+        raise UsageError(
+            f"{target.model_type} cannot keep any layer dense, so --layers auto has no choice.",
+            f"Targets that can: {', '.join(able) or 'none'}.",
+        )
+    if not most_dense(body.num_layers):
+        raise UsageError(
+            f"--layers auto leaves a quarter of the layers dense at most, which is none of "
+            f"{body.num_layers}.",
+            "Choose layers by number.",
+        )
 
 
 def with_counts(recipe: Recipe, body: Body, dtype: str) -> Recipe:
@@ -164,6 +201,8 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
     _check_made_router(recipe)
     check_selection(recipe, family, target)
     layers = _layers(recipe, body)
+    if wanted.layers == MEASURED:
+        _check_measured(recipe, family, body, target)
     size = recipe.experts.expert_size(body.ffn_size, wanted.num_experts + wanted.shared_experts)
     shared_size = recipe.experts.shared_size(body.ffn_size, size, wanted.shared_experts)
     if shared_size and target.shared == "none":

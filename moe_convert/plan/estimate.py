@@ -11,7 +11,9 @@ from moe_convert.compose import distinct
 from moe_convert.data.writing import ram_bytes
 from moe_convert.edits import Refit
 from moe_convert.errors import DoesNotFitError
+from moe_convert.inputs import FITTED_TOKENS, JUDGED_TOKENS
 from moe_convert.plan.model import Estimate, Plan, count
+from moe_convert.streams import HEAD_TOKENS
 
 LARGE_DROP = 0.5
 INTERPRETER_BYTES = 450 * 10**6
@@ -56,7 +58,7 @@ def estimate(plan: Plan) -> Estimate:
         free_disk_bytes=shutil.disk_usage(folder).free,
         ram_bytes=INTERPRETER_BYTES
         + buffers
-        + max(unpacking, writing, 8 * largest + _states_bytes(plan)),
+        + max(unpacking, writing, 8 * largest + max(_states_bytes(plan), _trials_bytes(plan))),
         verify_ram_bytes=INTERPRETER_BYTES + verify,
         free_ram_bytes=available_ram_bytes(),
         time_s=(round(quick, 1), round(slow, 1)),
@@ -70,7 +72,33 @@ def _flop(plan: Plan) -> float:
     measured = wanted if recipe.needs_input else 0
     checked = VERIFY_TOKENS if recipe.verify.enabled else 0
     fitted = SPLIT_RUNS * dense * measured + _gram_flop(plan, measured) if recipe.carves else 0.0
-    return 2.0 * (dense * (measured + checked) + plan.params_active * checked) + fitted
+    runs = 2.0 * (dense * (measured + checked) + plan.params_active * checked)
+    return runs + fitted + _trials_flop(plan)
+
+
+def _trial_tokens(plan: Plan) -> int:
+    """Return how many tokens go through every trial split of one layer; none if there is none."""
+    return min(JUDGED_TOKENS, plan.recipe.data.max_tokens // 8) if plan.densest else 0
+
+
+def _trials_flop(plan: Plan) -> float:
+    """Return the operations of trying to split each layer alone.
+
+    A trial runs the layers behind its own, on average half of them, and the head.
+    """
+    if not plan.densest:
+        return 0.0
+    body, dense, tokens = plan.layout.body, plan.params_dense, _trial_tokens(plan)
+    fitted = (2.0 + SPLIT_RUNS) * dense * min(FITTED_TOKENS, plan.recipe.data.max_tokens)
+    head = 2.0 * body.vocab_size * body.hidden_size
+    return fitted + body.num_layers * tokens * (dense + head)
+
+
+def _trials_bytes(plan: Plan) -> int:
+    """Return what the states of all trials take, and some tokens' probabilities, in fp32."""
+    body, tokens = plan.layout.body, _trial_tokens(plan)
+    states = body.hidden_size * tokens * (body.num_layers + 2)
+    return 4 * (states + (4 * HEAD_TOKENS * body.vocab_size if tokens else 0))
 
 
 def _gram_flop(plan: Plan, tokens: int) -> float:

@@ -80,7 +80,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved conversion."""
+    """A resolved conversion.
+
+    Where a measurement decides which layers stay dense, this is the plan for none of them, and
+    `densest` the one for as many as there can be.
+    """
 
     recipe: Recipe
     source: Source
@@ -94,6 +98,7 @@ class Plan:
     estimate: Estimate
     warnings: tuple[Note, ...]
     experts: tuple[ExpertSource, ...] = ()
+    densest: Plan | None = None
 
     @property
     def target(self) -> MoeTarget:

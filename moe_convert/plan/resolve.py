@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +21,12 @@ from moe_convert.families.custom import CUSTOM, find_custom
 from moe_convert.families.shapes import stored
 from moe_convert.ffn import TORCH_NAMES
 from moe_convert.inputs import check_inputs
-from moe_convert.plan.choices import choose_shape, choose_target, with_counts
+from moe_convert.plan.choices import choose_shape, choose_target, most_dense, with_counts
 from moe_convert.plan.estimate import estimate
 from moe_convert.plan.layout import announce, rest
 from moe_convert.plan.model import GROUPED_MM_BYTES, Estimate, Layout, Plan, bits, count
 from moe_convert.plan.notes import warnings
-from moe_convert.recipe import DTYPES, Recipe
+from moe_convert.recipe import DTYPES, MEASURED, Recipe
 from moe_convert.targets import MoeShape, MoeTarget, with_legacy_keys
 from moe_convert.wrappers import find_wrapped
 
@@ -83,9 +83,38 @@ def plan_source(
     untie = target.stock and body.tied and (recipe.output.compat or target.must_untie(body))
     as_stored = recipe.target.dtype == "auto"
     layout = Layout(family, body, target, shape, dtype, untie, as_stored)
+    plan = _assembled(recipe, source, layout, refused, experts, fill)
+    if recipe.calibration.enabled:
+        _check_calibration(plan)
+    if recipe.target.layers != MEASURED:
+        return plan
+    most = most_dense(body.num_layers)
+    densest = with_layers(plan, range(most, body.num_layers), fill)
+    return _weighed(replace(plan, densest=densest))
+
+
+def with_layers(plan: Plan, layers: Sequence[int], fill: Filled = filled) -> Plan:
+    """Return the plan in which exactly these layers get experts."""
+    target = plan.recipe.target.model_copy(update={"layers": list(layers)})
+    recipe = plan.recipe.model_copy(update={"target": target})
+    shape = replace(plan.shape, moe_layers=tuple(layers))
+    layout = replace(plan.layout, shape=shape)
+    return _assembled(recipe, plan.source, layout, plan.refused, plan.experts, fill)
+
+
+def _assembled(
+    recipe: Recipe,
+    source: Source,
+    layout: Layout,
+    refused: Mapping[str, list[str]],
+    experts: tuple[ExpertSource, ...],
+    fill: Filled,
+) -> Plan:
+    """Return the plan of a layout: every tensor, its place, and what that takes."""
     layout = _wide_enough(layout, source, chosen=recipe.target.dtype != "auto")
+    target, shape = layout.target, layout.shape
     if target.stock:
-        _check_width(shape, body, layout.dtype)
+        _check_width(shape, layout.body, layout.dtype)
     steps = tuple(announce(layout, source))
     specs = [spec for step in steps for spec in step.specs]
     plan = Plan(
@@ -102,8 +131,11 @@ def plan_source(
         warnings=(),
         experts=experts,
     )
-    if recipe.calibration.enabled:
-        _check_calibration(plan)
+    return _weighed(plan)
+
+
+def _weighed(plan: Plan) -> Plan:
+    """Return the plan with what it takes and what to know of it."""
     plan = replace(plan, estimate=estimate(plan))
     return replace(plan, warnings=tuple(warnings(plan)))
 

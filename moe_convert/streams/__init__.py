@@ -7,12 +7,15 @@ tensors that were just made.
 """
 
 from moe_convert.streams.base import Stream, skeleton
+from moe_convert.streams.branched import HEAD_TOKENS, BranchedStream
 from moe_convert.streams.converted import ConvertedStream
 from moe_convert.streams.dense import DenseStream
 from moe_convert.streams.sample import SAMPLE_TEXT, sample_ids
 
 __all__ = [
+    "HEAD_TOKENS",
     "SAMPLE_TEXT",
+    "BranchedStream",
     "ConvertedStream",
     "DenseStream",
     "Stream",

@@ -148,13 +148,14 @@ class Stream:
 
         return Stub()
 
-    def _run(self, layer: int, batch: int) -> torch.Tensor:
-        """Return what a loaded layer makes of the states of one batch."""
+    def _run(self, layer: int, batch: int, states_BTD: torch.Tensor | None = None) -> torch.Tensor:
+        """Return what a loaded layer makes of one batch: of its states, or of those given."""
         import torch
 
         args, kwargs = self._calls[batch][layer]
         with torch.no_grad():
-            result = self._layers[layer](self.states[batch], *args, **kwargs)
+            given_BTD = self.states[batch] if states_BTD is None else states_BTD
+            result = self._layers[layer](given_BTD, *args, **kwargs)
         states: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return states
 

@@ -45,7 +45,8 @@ class DenseStream(Stream):
         assert self._next == layer + 1, "the stream does not go back"
         return self._received
 
-    def _advance(self, layer: int) -> torch.Tensor:
+    def _loaded(self, layer: int) -> Any:
+        """Return a layer with its weights."""
         module, prefix = self._layers[layer], layer_name(layer, "")
         state = {
             name.removeprefix(prefix): weight.load().float().to(self._device)
@@ -53,6 +54,10 @@ class DenseStream(Stream):
             if name.startswith(prefix) and "rotary_emb" not in name
         }
         module.load_state_dict(state, assign=True)
+        return module
+
+    def _advance(self, layer: int) -> torch.Tensor:
+        module = self._loaded(layer)
         received: list[torch.Tensor] = []
         ffn = module.get_submodule(self._family.ffn_module)
         hook = ffn.register_forward_pre_hook(lambda _, args: received.append(args[0]))
