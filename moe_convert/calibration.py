@@ -78,8 +78,10 @@ class Calibration(Node):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     clip_norm: float = Field(1.0, gt=0)
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    gradient_checkpointing: bool = Field(False, description="compute layers twice, save memory")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="compute layers twice to save memory; auto: if a step does not fit"
+    )
     teacher: Literal["shared", "offload"] = Field(
         "shared", description="weights shared with the student, or streamed from the host"
     )
@@ -149,12 +151,13 @@ def resolved(section: Calibration, method: ExpertsNode, *, gpu: bool) -> Calibra
     optimizer = Optimizer(**{**rates, **given})
     tokens = section.max_tokens or (FULL_TOKENS if gpu else CPU_TOKENS)
     precision = section.mixed_precision
+    objective = _objective(section.objective, preset)
     if precision == "auto":
-        precision = "bf16" if gpu else "no"
+        precision = "bf16" if gpu and not objective.hidden else "no"
     return section.model_copy(
         update={
             "train": section.train or preset.train,
-            "objective": _objective(section.objective, preset),
+            "objective": objective,
             "optimizer": optimizer,
             "max_tokens": tokens,
             "mixed_precision": precision,
@@ -214,10 +217,39 @@ def check(section: Calibration, made: Made) -> None:
             f"Balance alone says nothing to {', '.join(others)}.",
             "Use --train router, or add distill or lm to the objective.",
         )
+    if terms.get("hidden"):
+        _check_hidden(section)
+    if section.mixed_precision == "fp16" and section.parallel != "replicate":
+        raise UsageError(
+            "fp16 needs its losses scaled, which does not work on parameters that are cut.",
+            "Use --mixed-precision bf16.",
+        )
     _check_balance(section, made)
     learned = [name for name in terms if name in {"distill", "lm", "hidden"}]
     if learned and not others:
         _check_router_gradient(" and ".join(learned), made)
+
+
+def _check_hidden(section: Calibration) -> None:
+    """Refuse what layer by layer has no meaning."""
+    settings = {
+        "train": bool(set(section.train or ()) - {"router", "experts"}),
+        "bias_update": bool(section.bias_update),
+        "dense_router": section.dense_router,
+        "mixed_precision": section.mixed_precision != "no",
+        "gradient_checkpointing": section.gradient_checkpointing is True,
+        "grad_accum": section.grad_accum > 1,
+        "teacher": section.teacher != "shared",
+        "parallel": section.parallel != "replicate",
+        "early_stop": section.early_stop.patience is not None,
+    }
+    named = ", ".join(f"calibration.{name}" for name, given in settings.items() if given)
+    if named:
+        raise UsageError(
+            "The hidden objective trains routers and experts, and nothing else, a layer at a time "
+            f"in fp32, so that {named} cannot take effect as given.",
+            "Leave it out, or use --objective distill.",
+        )
 
 
 def _check_balance(section: Calibration, made: Made) -> None:

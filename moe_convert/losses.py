@@ -7,11 +7,12 @@ L layers · T tokens · V vocabulary · E routed experts · K chosen experts
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 NO_LABEL = -100
 CHUNK_BYTES = 1 << 26
 """Size of the fp32 copy of some tokens' logits that is held at once."""
@@ -23,8 +24,8 @@ def distillation(student_TV: torch.Tensor, teacher_TV: torch.Tensor) -> torch.Te
     Hinton et al. 2015 (arXiv 1503.02531), without their higher temperature. The teacher gets no
     gradient; memory beyond the gradient itself is that of a few tokens' logits.
     """
-    mean: torch.Tensor = _Kl.apply(student_TV, teacher_TV.detach())
-    return mean
+    total: torch.Tensor = _Total.apply(student_TV, teacher_TV.detach(), _kl)
+    return total / student_TV.shape[0]
 
 
 def cross_entropy(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
@@ -32,41 +33,45 @@ def cross_entropy(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tens
 
     Labels are token ids, int64 [T]; those of `NO_LABEL` do not count, and at least one must.
     """
-    mean: torch.Tensor = _CrossEntropy.apply(logits_TV, labels_T)
-    return mean
+    total: torch.Tensor = _Total.apply(logits_TV, labels_T, _surprise)
+    return total / (labels_T != NO_LABEL).sum()
 
 
-def load_balance(logits_TE: torch.Tensor, counts_E: torch.Tensor, sigmoid: bool) -> torch.Tensor:
-    """Return E Σ_i f_i P_i of one layer: 1 at balance, E/K where one set of experts gets all.
+def load_balance(logits_LTE: torch.Tensor, counts_LE: torch.Tensor, sigmoid: bool) -> torch.Tensor:
+    """Return E Σ_i f_i P_i of every layer [L]: 1 at balance, E/K where K experts get all.
 
-    f_i is the share of all choices that expert i got, from `counts_E`, which should hold those of
+    f_i is the share of all choices that expert i got, from `counts_LE`, which should hold those of
     the whole global batch (Qiu et al. 2025, arXiv 2501.11873), and P_i the mean score of expert i
     here: softmax of raw logits, or normalised sigmoids. The Switch loss (Fedus et al. 2021, arXiv
     2101.03961) for each layer by itself: over concatenated layers, as transformers has it, layers
     that collapsed onto different experts look balanced.
     """
-    logits_TE = logits_TE.float()
+    logits_LTE = logits_LTE.float()
     if sigmoid:
-        scores_TE = logits_TE.sigmoid()
-        scores_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+        scores_LTE = logits_LTE.sigmoid()
+        scores_LTE = scores_LTE / scores_LTE.sum(dim=-1, keepdim=True)
     else:
-        scores_TE = logits_TE.softmax(dim=-1)
-    share_E = counts_E.float() / counts_E.sum()
-    return (share_E * scores_TE.mean(dim=0)).sum() * logits_TE.shape[-1]
+        scores_LTE = logits_LTE.softmax(dim=-1)
+    share_LE = counts_LE.float() / counts_LE.sum(dim=-1, keepdim=True)
+    return (share_LE * scores_LTE.mean(dim=-2)).sum(dim=-1) * logits_LTE.shape[-1]
 
 
-def router_z(logits_TE: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared log-sum-exp of one layer's logits (ST-MoE, arXiv 2202.08906)."""
-    return logits_TE.float().logsumexp(dim=-1).square().mean()
+def router_z(logits_LTE: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared log-sum-exp of logits (ST-MoE, arXiv 2202.08906)."""
+    return logits_LTE.float().logsumexp(dim=-1).square().mean()
 
 
-def hidden_error(made_TD: torch.Tensor, dense_TD: torch.Tensor) -> torch.Tensor:
+def hidden_error(
+    made_TD: torch.Tensor, dense_TD: torch.Tensor, size: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the squared error of an MoE layer's output over the square of the dense FFN's.
 
-    Both saw the same input; 0 is a perfect match and 1 that of a layer that says nothing.
+    Both saw the same input; 0 is a perfect match and 1 that of a layer that says nothing. `size` is
+    what to divide by where these are some of the tokens: the mean over all such parts.
     """
     dense_TD = dense_TD.detach().float()
-    return (made_TD.float() - dense_TD).square().sum() / dense_TD.square().sum().clamp(min=1e-12)
+    size = dense_TD.square().sum() if size is None else size
+    return (made_TD.float() - dense_TD).square().sum() / size.clamp(min=1e-12)
 
 
 def bias_step(counts_LE: torch.Tensor, rate: float) -> torch.Tensor:
@@ -104,62 +109,46 @@ def straight_through(
     return sparse_TD + (dense_TD - dense_TD.detach()).to(sparse_TD.dtype)
 
 
-def _chunks(logits_TV: torch.Tensor) -> range:
-    size = max(1, CHUNK_BYTES // (4 * logits_TV.shape[-1]))
-    return range(0, logits_TV.shape[0], size)
+def _kl(log_TV: torch.Tensor, teacher_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL from log-probabilities, which it overwrites, and the gradient to their logits."""
+    teacher_TV = teacher_TV.float().log_softmax(dim=-1)
+    p_TV = teacher_TV.exp()
+    total = teacher_TV.sub_(log_TV).mul_(p_TV).sum()
+    return total, log_TV.exp_().sub_(p_TV)
 
 
-class _Kl(torch.autograd.Function):
-    """Goes through the tokens twice, and keeps the logits only."""
-
-    @staticmethod
-    def forward(ctx: Any, student_TV: torch.Tensor, teacher_TV: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(student_TV, teacher_TV)
-        total = torch.zeros((), dtype=torch.float32, device=student_TV.device)
-        steps = _chunks(student_TV)
-        for start in steps:
-            rows = slice(start, start + steps.step)
-            student = student_TV[rows].float().log_softmax(dim=-1)
-            teacher = teacher_TV[rows].float().log_softmax(dim=-1)
-            total += (teacher.exp() * (teacher - student)).sum()
-        return total / student_TV.shape[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        student_TV, teacher_TV = ctx.saved_tensors
-        result_TV, steps = torch.empty_like(student_TV), _chunks(student_TV)
-        for start in steps:
-            rows = slice(start, start + steps.step)
-            change = student_TV[rows].float().softmax(dim=-1)
-            change -= teacher_TV[rows].float().softmax(dim=-1)
-            result_TV[rows] = change.mul_(grad / student_TV.shape[0])
-        return result_TV, None
+def _surprise(log_TV: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same for cross-entropy."""
+    counts_T1 = (labels_T != NO_LABEL)[:, None].to(log_TV.dtype)
+    index_T1 = labels_T.clamp(min=0)[:, None]
+    total = -(log_TV.gather(1, index_T1) * counts_T1).sum()
+    change_TV = log_TV.exp_().scatter_add_(1, index_T1, -torch.ones_like(counts_T1))
+    return total, change_TV.mul_(counts_T1)
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """The same for labels."""
+class _Total(torch.autograd.Function):
+    """The sum of a loss over tokens, a few at a time.
+
+    The gradient is made while their probabilities are at hand, in the dtype of the logits, which
+    need not be kept then.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(logits_TV, labels_T)
-        ctx.num_labels = (labels_T != NO_LABEL).sum()
+    def forward(ctx: Any, logits_TV: torch.Tensor, target: torch.Tensor, loss: Loss) -> Any:
         total = torch.zeros((), dtype=torch.float32, device=logits_TV.device)
-        steps = _chunks(logits_TV)
-        for start in steps:
-            rows = slice(start, start + steps.step)
-            total += functional.cross_entropy(
-                logits_TV[rows].float(), labels_T[rows], reduction="sum"
-            )
-        return total / ctx.num_labels
+        wanted = ctx.needs_input_grad[0]
+        gradient_TV = torch.empty_like(logits_TV) if wanted else None
+        size = max(1, CHUNK_BYTES // (4 * logits_TV.shape[-1]))
+        for start in range(0, logits_TV.shape[0], size):
+            rows = slice(start, start + size)
+            found, change_TV = loss(logits_TV[rows].float().log_softmax(dim=-1), target[rows])
+            total += found
+            if gradient_TV is not None:
+                gradient_TV[rows] = change_TV
+        ctx.save_for_backward(gradient_TV)
+        return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        logits_TV, labels_T = ctx.saved_tensors
-        result_TV, steps = torch.empty_like(logits_TV), _chunks(logits_TV)
-        for start in steps:
-            rows = slice(start, start + steps.step)
-            change = logits_TV[rows].float().softmax(dim=-1)
-            counts_T1 = (labels_T[rows] != NO_LABEL)[:, None].to(change.dtype)
-            change.scatter_add_(1, labels_T[rows].clamp(min=0)[:, None], -counts_T1)
-            result_TV[rows] = change.mul_(counts_T1 * grad / ctx.num_labels)
-        return result_TV, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient_TV,) = ctx.saved_tensors
+        return gradient_TV.mul_(grad), None, None

@@ -287,14 +287,14 @@ CHOICES: dict[str, Choice] = {
         ("calibration.gradient_checkpointing",),
         bool,
         "--grad-checkpointing/--no-grad-checkpointing",
-        "Compute layers twice to save memory (default: no).",
+        "Compute layers twice to save memory (default: if a step would not fit).",
         "Calibration",
     ),
     "mixed_precision": Choice(
         ("calibration.mixed_precision",),
         str,
         "--mixed-precision",
-        "auto, no or bf16 with fp32 routers and optimiser (default: auto, bf16 on a GPU).",
+        "auto, no, bf16 or fp16, with fp32 routers and optimiser (default: auto, bf16 on a GPU).",
         "Calibration",
     ),
     "parallel": Choice(

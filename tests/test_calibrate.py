@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -17,12 +18,21 @@ from typing import Any
 import pytest
 import torch
 
+from moe_convert.calibrate.dense_experts import MOVING, widen_experts
 from moe_convert.calibrate.job import Job, Request, prepare
-from moe_convert.calibrate.loop import Models
-from moe_convert.calibrate.models import load, prepare_student, share_weights, target_of
+from moe_convert.calibrate.memory import compute_twice, kept_bytes
+from moe_convert.calibrate.models import (
+    load,
+    modules_of,
+    prepare_student,
+    share_weights,
+    target_of,
+)
 from moe_convert.calibrate.report import Silent, StepRecord
-from moe_convert.calibrate.run import named_tensors, run, stored_tensors
+from moe_convert.calibrate.run import run
+from moe_convert.calibrate.step import Models
 from moe_convert.calibrate.watch import Watch
+from moe_convert.calibrate.write_back import named_tensors, stored_tensors
 from moe_convert.calibration import Calibration, patterns, wanted
 from moe_convert.checkpoint import open_source, read_folder
 from moe_convert.checkpoint.replace import WORK, commit, recover, stage_tensors
@@ -207,6 +217,48 @@ def test_every_target_has_its_parts_and_goes_back_to_the_same_bytes(
             assert torch.equal(refs[name].read(), tensor.to(refs[name].read().dtype)), name
         if part == "router":
             assert len(stored) == 3
+
+
+APART = {"dbrx"}
+"""Targets whose experts are no plain ones of transformers."""
+
+
+@pytest.mark.parametrize(("model_type", "variant", "target"), pairs(), ids=lambda value: str(value))
+def test_experts_as_one_ffn_give_the_same_values_and_gradients(
+    dense: Dense,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    variant: str,
+    target: str,
+) -> None:
+    """In every architecture whose experts can be run so; the others are left alone."""
+    monkeypatch.setitem(MOVING, "cpu", 10_000)
+    folder = tmp_path / "out"
+    converted(dense(model_type, variant), folder, target__architecture=target, **NOISY)
+    found = []
+    for wide in (False, True):
+        model = load(folder, torch.float32)
+        trained = prepare_student(model, target_of(folder), Calibration(train=("all",)))
+        if wide and not widen_experts(model, 2, "cpu"):
+            assert target in APART
+            return
+        ids_BT = torch.arange(24).view(2, 12)
+        logits = model(input_ids=ids_BT, use_cache=False).logits
+        logits.log_softmax(-1)[..., 3].sum().backward()
+        found.append([logits.detach(), *(one.parameter.grad for one in trained)])
+    for plain, made in zip(*found, strict=True):
+        assert float((made - plain).abs().max()) <= 1e-5 * max(1.0, float(plain.abs().max()))
+
+
+def test_experts_stay_apart_where_that_costs_less(originals: Made) -> None:
+    """Two of four experts: all of them cost twice the chosen ones, which narrow ones may."""
+    narrow, wide = (load(originals(**made), torch.float32) for made in (SPLIT, NOISY))
+    shapes = [modules_of(model, "experts")[0][1].down_proj.shape for model in (narrow, wide)]
+    assert [tuple(shape)[::2] for shape in shapes] == [(4, 24), (4, 96)]
+    assert widen_experts(narrow, 2, "cpu")
+    assert not widen_experts(wide, 2, "cpu")
+    assert not widen_experts(narrow, 1, "cpu")
 
 
 def test_exact_clones_give_their_routers_no_gradient_and_noisy_ones_do(originals: Made) -> None:
@@ -489,6 +541,102 @@ def test_checkpointing_and_accumulation_change_nothing(
         torch.testing.assert_close(mine[name].read(), theirs[name].read(), atol=1e-5, rtol=1e-4)
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(
+    copy: Made, calibrated: Callable[..., CalibrationReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Balance too: every part sees the counts of all of them."""
+    step, seen = Stepper.step, []
+
+    def keep(stepper: Stepper, number: int) -> torch.Tensor:
+        seen.append([one.parameter.grad.clone() for one in stepper.trained])
+        return step(stepper, number)
+
+    monkeypatch.setattr(Stepper, "step", keep)
+    objective = {"distill": 1.0, "lm": 1.0, "aux": 10.0, "z": 0.1}
+    reports = [
+        calibrated(copy(f"out{parts}", **NOISY), objective=objective, max_steps=1, grad_accum=parts)
+        for parts in (1, 2, 4)
+    ]
+    for parts, report in zip(seen[1:], reports[1:], strict=True):
+        assert report.loss_first == pytest.approx(reports[0].loss_first, rel=1e-6)
+        for whole, found in zip(seen[0], parts, strict=True):
+            torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-5)
+
+
+class Phases(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def phase(self, what: str) -> None:
+        """Keep it."""
+        self.found.append(what)
+
+
+def test_layers_are_computed_twice_if_a_step_does_not_fit(
+    copy: Made, calibrated: Callable[..., CalibrationReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is the same, so that a run may go on either way."""
+    one, other, small, large = copy("one"), copy("other"), Phases(), Phases()
+    calibrated(one, large)
+    monkeypatch.setattr("moe_convert.calibrate.memory.free_bytes", lambda *args: 1_000)
+    with pytest.raises(RuntimeError, match="killed"):
+        calibrated(other, Stop(3))
+    calibrated(other, small, gradient_checkpointing="auto")
+    assert not [what for what in large.found if "twice" in what]
+    assert [what for what in small.found if "of 1e-06 GB, so layers are computed twice" in what]
+    mine, theirs = read_folder(one), read_folder(other)
+    for name in mine:
+        torch.testing.assert_close(mine[name].read(), theirs[name].read(), atol=1e-5, rtol=1e-4)
+
+
+def test_what_a_pass_keeps_is_counted(originals: Made) -> None:
+    """The input of 12 numbers and what ReLU gives, 24, which the next layer needs as well."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    assert kept_bytes(net, input=torch.ones(3, 4)) == 4 * (12 + 24)
+    model = load(originals(), torch.float32)
+    prepare_student(model, target_of(originals()), Calibration(train=("experts",)))
+    ids_BT = torch.arange(64).view(1, 64)
+    all_of_it = kept_bytes(model, input_ids=ids_BT, use_cache=False)
+    compute_twice(model)
+    assert kept_bytes(model, input_ids=ids_BT, use_cache=False) < 0.5 * all_of_it
+
+
+def test_fp16_scales_its_losses_and_resumes_to_the_same_bytes(
+    copy: Made, calibrated: Callable[..., CalibrationReport]
+) -> None:
+    whole, cut, full = copy("whole", **SPLIT), copy("cut", **SPLIT), copy("full", **SPLIT)
+    report = calibrated(whole, mixed_precision="fp16")
+    assert report.loss_last == pytest.approx(calibrated(full).loss_last, rel=0.02)
+    with pytest.raises(RuntimeError, match="killed"):
+        calibrated(cut, Stop(3), mixed_precision="fp16")
+    assert calibrated(cut, mixed_precision="fp16").resumed_from == 2
+    assert tensors(cut) == tensors(whole)
+
+
+def test_a_step_that_overflows_is_left_out() -> None:
+    """The factor halves, is kept in checkpoints, and the next step moves."""
+
+    def stepper() -> tuple[Stepper, torch.nn.Parameter]:
+        rows = torch.nn.Parameter(torch.ones(4, 8))
+        rates = {"lr": 1e-2, "router_factor": 1}
+        section = Calibration.model_validate({"optimizer": rates, "schedule": {"warmup": 0}})
+        return Stepper([Trained("r", "experts", rows, rows)], section, 10, scaled=True), rows
+
+    one, rows = stepper()
+    one.backward(rows.sum() * 1e36)
+    assert not one.step(0).isfinite()
+    assert rows.eq(1).all()
+    assert float(one.tensors()["scaler/scale"]) == 2.0**15
+    other, again = stepper()
+    other.restore(one.tensors())
+    other.backward(again.sum())
+    assert float(other.step(1)) == pytest.approx(32**0.5)
+    assert again.lt(1).all()
+    assert float(other.tensors()["scaler/scale"]) == 2.0**15
+
+
 def test_checkpointing_keeps_the_balance_gradient(
     copy: Made, calibrated: Callable[..., CalibrationReport]
 ) -> None:
@@ -522,6 +670,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (NOISY, {"objective": "aux"}, "says nothing to experts"),
     (NOISY, {"objective": {"lm": 0, "aux": 0, "z": 0}}, "no term that counts"),
     (NOISY, {"batch_size": 3, "grad_accum": 2}, "cannot be cut"),
+    (NOISY, {"mixed_precision": "fp16", "parallel": "fsdp"}, "needs its losses scaled"),
+    (SPLIT, {"objective": "hidden", "grad_accum": 2}, "calibration.grad_accum cannot take effect"),
+    (SPLIT, {"objective": "hidden", "early_stop": {"patience": 2}}, "calibration.early_stop"),
 ]
 
 
@@ -545,6 +696,34 @@ def test_a_tracker_that_is_not_installed_is_named(
     with pytest.raises(MissingDependencyError, match="wandb") as found:
         calibrated(copy(**NOISY), trackers=("wandb",))
     assert found.value.hint == "pip install 'moe-convert[wandb]'"
+
+
+def test_trackers_get_every_step_and_say_nothing_on_stdout(
+    copy: Made, dense: Dense, text: Path, tmp_path: Path
+) -> None:
+    """Read back from what they wrote, without a network."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("trackio")
+    folder = copy(**SPLIT)
+    options = ["--source", dense(), "--data", text, "--seq-len", 32, "--batch-size", 2]
+    options += ["--max-steps", 3, "--tracker", "trackio", "--tracker", "tensorboard", "--json"]
+    command = [sys.executable, "-m", "moe_convert", "calibrate", folder, *options]
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    done = subprocess.run(
+        [*map(str, command)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["calibration"]["steps"] == 3
+    log = (folder / "calibration.jsonl").read_text("utf-8").splitlines()
+    losses = [(line["step"], line["loss"]) for line in map(json.loads, log)]
+    events = accumulator.EventAccumulator(str(tmp_path / "out.logs" / "moe-convert"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses]
+    assert {"loss/distill", "tokens_per_s", "max_violation"} <= set(events.Tags()["scalars"])
+    with sqlite3.connect(tmp_path / "trackio" / "moe-convert.db") as database:
+        rows = database.execute("SELECT step, metrics FROM metrics ORDER BY step").fetchall()
+    assert [(step, json.loads(metrics)["loss"]) for step, metrics in rows] == losses
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,27 @@ def test_two_processes_equal_one(
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
 
 
+def test_two_processes_train_layers_like_one(
+    original: Path, dense: Dense, text: Path, tmp_path: Path
+) -> None:
+    """Each streams a part of the rows, an odd number, and learns from a part of every batch."""
+    one, two = (Path(shutil.copytree(original, tmp_path / name)) for name in ("one", "two"))
+    objective = {"hidden": 1.0, "aux": 0.1, "z": 0.01, "lm": 0.0, "distill": 0.0}
+    settings: dict[str, Any] = {"objective": objective, "train": "router+experts"}
+    job, ids_BT = job_of(one, dense(), text, **settings)
+    ids_BT = ids_BT[(len(ids_BT) - job.num_held + 1) % 2 :]
+    expected = run(job, ids_BT)
+    job, _ = job_of(two, dense(), text, **settings)
+    job = job.model_copy(update={"world_size": 2})
+    report = launched(job.save(ids_BT), "torchrun", TORCHRUN, "hide")
+    assert report.num_processes == 2
+    assert report.loss_last == pytest.approx(expected.loss_last, abs=1e-5)
+    assert report.after.kl == pytest.approx(expected.after.kl, abs=1e-5)
+    mine, theirs = read_folder(one), read_folder(two)
+    for name in mine:
+        torch.testing.assert_close(mine[name].read(), theirs[name].read(), atol=1e-5, rtol=0)
+
+
 def test_fewer_processes_than_asked_for_are_an_error(
     original: Path, dense: Dense, text: Path, tmp_path: Path
 ) -> None:

@@ -48,6 +48,16 @@ def test_balance_is_experts_over_top_k_when_collapsed() -> None:
     assert float(together) == pytest.approx(1.0)
 
 
+def test_layers_at_once_are_the_layers_one_by_one() -> None:
+    """The same logits in two layers, which count differently."""
+    logits_LTE = torch.randn(2, TOKENS, E, generator=torch.Generator().manual_seed(0))
+    counts_LE = torch.tensor([[5.0, 3.0, 7.0, 1.0], [16.0, 0.0, 0.0, 0.0]])
+    found = load_balance(logits_LTE, counts_LE, False)
+    for layer in range(2):
+        alone = load_balance(logits_LTE[layer], counts_LE[layer], False)
+        assert float(found[layer]) == pytest.approx(float(alone))
+
+
 def test_balance_by_hand() -> None:
     """Shares 3/4 and 1/4, mean probabilities 0.7 and 0.3: 2 (0.75 · 0.7 + 0.25 · 0.3) = 1.2."""
     logits_TE = torch.tensor([[0.8, 0.2], [0.6, 0.4]]).log()
@@ -86,6 +96,9 @@ def test_hidden_error_by_hand() -> None:
     assert float(hidden_error(dense_TD, dense_TD)) == 0.0
     assert float(hidden_error(torch.zeros(1, 2), dense_TD)) == pytest.approx(1.0)
     assert float(hidden_error(torch.tensor([[3.0, 3.0]]), dense_TD)) == pytest.approx(1 / 25)
+    assert float(hidden_error(torch.zeros(1, 2), dense_TD, torch.tensor(50.0))) == pytest.approx(
+        0.5
+    )
 
 
 def test_distillation_by_hand() -> None:

@@ -40,6 +40,8 @@ from moe_convert.training.batches import order
 from moe_convert.training.optimizer import Stepper, Trained
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from moe_convert.targets import MoeTarget
 
 Weights = Mapping[str, Weight]
@@ -62,20 +64,12 @@ def check_hidden(job: Job) -> None:
     Raises:
         UsageError: with the reason.
     """
-    assert job.section.train is not None
     target = target_of(job.folder)
-    if job.world_size > 1:
-        raise UsageError("The hidden objective runs on one process.", "Leave --launcher out.")
     if not target.stock or "." not in target.router_module or _is_wrapped(job.folder):
         raise UsageError(
             f"The hidden objective needs an FFN module of its own, and {target.model_type} has "
             "none that can be run by itself.",
             "Use --objective distill.",
-        )
-    if set(job.section.train) - {"router", "experts"} or job.section.bias_update:
-        raise UsageError(
-            "The hidden objective trains routers and experts, and nothing else.",
-            "Use --train router+experts, and no --bias-update.",
         )
 
 
@@ -84,11 +78,14 @@ def _is_wrapped(folder: Path) -> bool:
 
 
 class Layers:
-    """Both checkpoints, read a layer at a time."""
+    """Both checkpoints, read a layer at a time; every process streams a share of the rows."""
 
-    def __init__(self, job: Job, rows_BT: torch.Tensor) -> None:
+    def __init__(self, job: Job, rows_BT: torch.Tensor, accelerator: Accelerator) -> None:
         """Embed the rows; nothing of a layer is read yet."""
         self.job, self.target = job, target_of(job.folder)
+        self.accelerator, self._num_rows = accelerator, len(rows_BT)
+        own = range(accelerator.process_index, len(rows_BT), accelerator.num_processes)
+        rows_BT = rows_BT[[*own] or [0]]
         config = read_config(job.folder / "config.json")
         self._weights = {n: ref.weight() for n, ref in read_folder(job.folder).items()}
         self._names = loaded_names(full_config(config), self._weights)
@@ -116,6 +113,19 @@ class Layers:
                 parts[inside.split(".")[0] in top][name] = weight
         return parts
 
+    def received(self, layer: int) -> torch.Tensor:
+        """Return what the FFN of a layer receives for all rows, those of other processes too."""
+        outside, _ = self.tensors(layer)
+        with torch.no_grad():
+            x_BTD = self.stream.enter(layer, outside).unflatten(0, (-1, self.job.width))
+        world = self.accelerator.num_processes
+        if world == 1:
+            return x_BTD
+        share = -(-self._num_rows // world)
+        padded_BTD = torch.cat([x_BTD, x_BTD[:1].expand(share - len(x_BTD), -1, -1)])
+        whole_BTD = self.accelerator.gather(padded_BTD).unflatten(0, (world, share))
+        return whole_BTD.transpose(0, 1).flatten(0, 1)[: self._num_rows]
+
     def dense_ffn(self, layer: int) -> torch.nn.Module:
         """Return the dense FFN of a layer, in fp32."""
         path = f"{self._family.layers}.{layer}.{self._family.ffn_module}"
@@ -140,13 +150,15 @@ def _layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def train_hidden(job: Job, rows_BT: torch.Tensor, tell: Tell) -> Done:
+def train_hidden(job: Job, rows_BT: torch.Tensor, accelerator: Accelerator, tell: Tell) -> Done:
     """Train every MoE layer for the job's steps; return the new tensors as they are stored.
+
+    Every process takes its share of each batch, and gradients are those of all of it.
 
     Raises:
         VerificationError: the error of a layer is not finite, or grows.
     """
-    layers, done = Layers(job, rows_BT), Done()
+    layers, done = Layers(job, rows_BT, accelerator), Done()
     routers = modules_of(layers.model, layers.target.router_module)
     numbers = [number for number in map(_layer_of, (f".{n}." for n, _ in routers))]
     moe_layers = [number for number in numbers if number is not None]
@@ -189,27 +201,31 @@ def _train_layer(
 ) -> dict[str, torch.Tensor]:
     """Train one layer on what it receives, keep and return its tensors as they are stored."""
     job, stream = layers.job, layers.stream
-    outside, inside = layers.tensors(layer)
-    with torch.no_grad():
-        x_BTD = stream.enter(layer, outside)
-    x_BTD = x_BTD.view(-1, job.width, x_BTD.shape[-1])
-    ffns = stream.ffns(layer, inside)
+    x_BTD = layers.received(layer)
+    ffns = stream.ffns(layer, layers.tensors(layer)[1])
     stepper = Stepper(list(_trained(job, layers.target, ffns)), job.section, job.steps)
     run = _Run(job, layers, layer, ffns, stepper)
     for step in range(job.steps):
         rows = order(len(x_BTD), step * job.batch_size, job.batch_size, job.section.seed)
-        tell(run.step(x_BTD[rows], step, place))
+        share = rows[layers.accelerator.process_index :: layers.accelerator.num_processes]
+        tell(run.step(x_BTD[share], step, place))
     named = {one.name: one.master.detach() for one in stepper.trained}
     stored = revert_weight_conversion(layers.model, named)
     stored = {name: tensor.to("cpu").contiguous() for name, tensor in stored.items()}
     done.first.append(run.first)
     done.last.append(run.last)
+    if layers.accelerator.is_main_process:
+        _keep(job, layer, stored, run)
+    return stored
+
+
+def _keep(job: Job, layer: int, stored: dict[str, torch.Tensor], run: _Run) -> None:
+    """Write what was made of a layer, whole or not at all."""
     found = {"fingerprint": job.fingerprint, "first": run.first, "last": run.last}
     partial = _path(job, layer).with_suffix(".partial")
     partial.parent.mkdir(exist_ok=True)
     save_file(stored, partial, {"run": json.dumps(found)})
     partial.replace(_path(job, layer))
-    return stored
 
 
 def _trained(job: Job, target: MoeTarget, ffns: Mapping[str, torch.nn.Module]) -> Iterator[Trained]:
@@ -239,36 +255,30 @@ class _Run:
         stepper: Stepper,
     ) -> None:
         self._job, self._layer, self._ffns, self._stepper = job, layer, ffns, stepper
+        self._accelerator = layers.accelerator
         self._dense = layers.dense_ffn(layer)
         self._watch = Watch(layers.model, layers.target, job.top_k)
+        assert job.section.objective is not None
+        self._weights = job.section.objective.terms
         self.first = self.last = float("nan")
 
     def step(self, x_BTD: torch.Tensor, number: int, place: tuple[int, int]) -> StepRecord:
-        """Take one step and say how it went."""
+        """Take one step with this process's share of a batch and say how it went."""
         started, (index, num_layers) = time.monotonic(), place
-        with self._watch.recording():
-            made = [_first(ffn(x_BTD)) for ffn in self._ffns.values()]
-        with torch.no_grad():
-            dense_BTD = _first(self._dense(x_BTD))
-        counts_E = self._watch.counts()[0]
-        terms = self._terms(sum(made[1:], made[0]), dense_BTD, counts_E)
-        assert self._job.section.objective is not None
-        weights = self._job.section.objective.terms
-        total = torch.stack([weights[name] * terms[name] for name in weights]).sum()
-        total.backward()
-        norm = self._stepper.step(number)
-        loss = self.last = float(total.detach())
+        values_N, norm, counts_E = self._moved(x_BTD, number)
+        terms = dict(zip(self._weights, values_N.tolist(), strict=True))
+        loss = self.last = sum(weight * terms[name] for name, weight in self._weights.items())
         if number == 0:
             self.first = loss
         self._judge(number)
-        tokens = x_BTD.shape[0] * x_BTD.shape[1]
+        tokens = self._job.batch_size * self._job.width
         done = index * self._job.steps + number + 1
         return StepRecord(
             step=done,
             steps=num_layers * self._job.steps,
             tokens=done * tokens,
             loss=loss,
-            terms={name: float(value.detach()) for name, value in terms.items()},
+            terms=terms,
             lr=self._stepper.lr,
             grad_norm=float(norm),
             tokens_per_s=tokens / (time.monotonic() - started),
@@ -277,16 +287,41 @@ class _Run:
             load=(tuple((counts_E / counts_E.sum()).tolist()),),
         )
 
+    def _moved(self, x_BTD: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
+        """Take the step; return its terms [N], the norm of their gradient and the counts [E]."""
+        with self._watch.recording():
+            made = [_first(ffn(x_BTD)) for ffn in self._ffns.values()]
+        with torch.no_grad():
+            dense_BTD = _first(self._dense(x_BTD))
+        counts_E = self._accelerator.reduce(self._watch.counts()[0], "sum")
+        terms = self._terms(sum(made[1:], made[0]), dense_BTD, counts_E)
+        values_N = torch.stack([terms[name] for name in self._weights])
+        weights_N = values_N.new_tensor([*self._weights.values()])
+        self._stepper.backward((weights_N * values_N).sum())
+        if self._accelerator.num_processes > 1:
+            self._average()
+        norm = self._stepper.step(number)
+        return self._accelerator.reduce(values_N.detach(), "mean"), norm, counts_E
+
+    def _average(self) -> None:
+        """Give every process the mean of all gradients, which travel together."""
+        every = [one.parameter.grad for one in self._stepper.trained]
+        grads = [grad for grad in every if grad is not None]
+        mean_N = self._accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+        for grad, part_N in zip(grads, mean_N.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part_N.view_as(grad))
+
     def _terms(
         self, made: torch.Tensor, dense: torch.Tensor, counts_E: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        assert self._job.section.objective is not None
-        wanted, (logits_TE,) = self._job.section.objective.terms, self._watch.logits
-        terms = {"hidden": hidden_error(made, dense)}
-        if "aux" in wanted:
+        """Return this process's terms, whose mean over all is that of the batch."""
+        (logits_TE,) = self._watch.logits
+        size = self._accelerator.reduce(dense.float().square().sum(), "mean")
+        terms = {"hidden": hidden_error(made, dense, size)}
+        if "aux" in self._weights:
             sigmoid = self._watch.target.scoring == "sigmoid"
             terms["aux"] = load_balance(logits_TE, counts_E, sigmoid)
-        if "z" in wanted:
+        if "z" in self._weights:
             terms["z"] = router_z(logits_TE)
         return terms
 

@@ -34,7 +34,16 @@ SELF_TOKENS = 131_072
 HELD_ROWS = 8
 HELD_SHARE = 10
 """At most so many rows, and one in so many, are kept out of training to measure on."""
-NO_EFFECT = ("enabled", "save_every", "keep", "trackers", "guards", "parallel", "teacher")
+NO_EFFECT = (
+    "enabled",
+    "save_every",
+    "keep",
+    "trackers",
+    "guards",
+    "parallel",
+    "teacher",
+    "gradient_checkpointing",
+)
 """Settings that do not decide what the weights become."""
 
 

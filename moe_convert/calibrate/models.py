@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_convert.calibration import PARTS, Calibration, Part, patterns
 from moe_convert.checkpoint.names import auto_class
@@ -56,6 +55,18 @@ def load(folder: Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def load_teacher(
+    folder: Path, dtype: torch.dtype, device: torch.device, how: str
+) -> PreTrainedModel:
+    """Load the dense model on the device, or `offload`: leave it on the host and stream it."""
+    from accelerate import cpu_offload
+
+    teacher = load(folder, dtype)
+    if how == "offload":
+        return cpu_offload(teacher, execution_device=device)
+    return teacher.to(device)
+
+
 def modules_of(model: PreTrainedModel, suffix: str) -> list[tuple[str, torch.nn.Module]]:
     """Return the modules whose path ends so and that hold a parameter, in the order of layers."""
     return [
@@ -88,8 +99,6 @@ def prepare_student(
         _narrow(model, target, dtype)
     if section.parallel == "replicate":
         model.to(device)
-    if section.gradient_checkpointing:
-        _checkpoint(model)
     trained = []
     for name, parameter in parameters:
         if name in parts:
@@ -116,22 +125,21 @@ def _narrow(model: PreTrainedModel, target: MoeTarget, dtype: torch.dtype) -> No
 
 
 def _feed_fp32(router: torch.nn.Module) -> None:
+    """Let a router compute in fp32, and experts with weights in their own dtype.
+
+    What experts give times weights in fp32 would be as wide, and moved about at twice the cost.
+    """
     forward = router.forward
 
     @functools.wraps(forward)
     def widened(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return forward(hidden.float(), *args, **kwargs)
+        found = forward(hidden.float(), *args, **kwargs)
+        if not isinstance(found, tuple):
+            return found
+        logits, weights, chosen = found
+        return logits, weights.to(hidden.dtype), chosen
 
     router.forward = widened
-
-
-def _checkpoint(model: PreTrainedModel) -> None:
-    """Recompute layers in the backward pass, without the modes of training such as dropout."""
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
 
 
 def selection_biases(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:

@@ -1,16 +1,14 @@
-"""What a run says while it goes on: a record of every step, a log file, trackers."""
+"""What a run says while it goes on: a record of every step, and a log file."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from moe_convert.calibration import TRACKERS
-from moe_convert.errors import MissingDependencyError
 from moe_convert.manifest import Measured
 
 LOG_NAME = "calibration.jsonl"
@@ -85,24 +83,10 @@ class Log:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def step(self, record: StepRecord) -> None:
-        """Write one line."""
-        self._file.write(json.dumps({"step": record.step, **record.scalars}) + "\n")
+        """Write one line; a figure that is not finite, as in fp16 when it overflows, is null."""
+        values = {n: v if math.isfinite(v) else None for n, v in record.scalars.items()}
+        self._file.write(json.dumps({"step": record.step, **values}) + "\n")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def check_trackers(names: tuple[str, ...]) -> None:
-    """Make sure that the packages of the wanted trackers are there.
-
-    Raises:
-        MissingDependencyError: one is not installed.
-    """
-    assert set(names) <= set(TRACKERS)
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise MissingDependencyError(
-                f"The tracker {name} needs the {name} package.",
-                f"pip install 'moe-convert[{name}]'",
-            )

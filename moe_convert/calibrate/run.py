@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    convert_and_load_state_dict_in_model,
-    revert_weight_conversion,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_convert.calibrate.hidden import check_hidden, train_hidden
+from moe_convert.calibrate.dense_experts import widen_experts
 from moe_convert.calibrate.job import Job
-from moe_convert.calibrate.loop import Loop, Models
+from moe_convert.calibrate.layerwise import run_hidden
+from moe_convert.calibrate.loop import Loop
 from moe_convert.calibrate.measure import measure
+from moe_convert.calibrate.memory import compute_twice, step_need
 from moe_convert.calibrate.models import (
     load,
+    load_teacher,
     prepare_student,
     share_weights,
     target_of,
 )
-from moe_convert.calibrate.report import Log, Silent, StepRecord, Watcher, check_trackers
+from moe_convert.calibrate.report import Silent, Watcher
+from moe_convert.calibrate.step import Models
+from moe_convert.calibrate.trackers import check_trackers, logged
 from moe_convert.calibrate.watch import Watch
-from moe_convert.checkpoint import read_folder
-from moe_convert.checkpoint.replace import commit, stage_tensors, stage_text
+from moe_convert.calibrate.write_back import failures, named_tensors, stored_tensors, write_back
 from moe_convert.errors import MoeConvertError, VerificationError
-from moe_convert.manifest import (
-    MANIFEST_NAME,
-    CalibrationReport,
-    Manifest,
-    Measured,
-    load_manifest,
-)
+from moe_convert.manifest import CalibrationReport, Measured
 from moe_convert.training import state
 from moe_convert.training.optimizer import Stepper
-from moe_convert.training.shards import config_of, whole
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from moe_convert.training.shards import config_of
 
 
 def run(job: Job, ids_BT: torch.Tensor, watcher: Watcher | None = None) -> CalibrationReport:
@@ -64,12 +48,14 @@ def run(job: Job, ids_BT: torch.Tensor, watcher: Watcher | None = None) -> Calib
         state.discard(job.folder)
     watcher.phase("loading")
     if job.section.objective and job.section.objective.hidden:
-        return _run_hidden(job, ids_BT, accelerator, watcher)
+        return run_hidden(job, ids_BT, accelerator, watcher)
     models = _models(job, accelerator)
     held_BT = ids_BT[-max(job.num_held, 1) :].to(accelerator.device)
     before = _beside_teacher(job, models, held_BT, watcher, "before")
-    with _log(job, accelerator, watcher) as tell:
+    with logged(job, accelerator, watcher) as tell:
         rows_BT = ids_BT[: len(ids_BT) - job.num_held]
+        if _computes_twice(job, models, rows_BT[:1], accelerator, watcher):
+            compute_twice(models.student)
         loop = Loop(job, rows_BT, models, accelerator, tell)
         _train(loop, accelerator)
     after = _beside_teacher(job, models, held_BT, watcher, "after")
@@ -77,62 +63,9 @@ def run(job: Job, ids_BT: torch.Tensor, watcher: Watcher | None = None) -> Calib
     watcher.phase("writing")
     named = named_tensors(models)
     if accelerator.is_main_process:
-        _write_back(job, stored_tensors(job.folder, models.student, named), report)
+        write_back(job, stored_tensors(job.folder, models.student, named), report)
     accelerator.wait_for_everyone()
     return report
-
-
-def _run_hidden(
-    job: Job, ids_BT: torch.Tensor, accelerator: Accelerator, watcher: Watcher
-) -> CalibrationReport:
-    """Train layer by layer; whole models are in memory only while they are measured."""
-    check_hidden(job)
-    rows_BT, held_BT = ids_BT[: len(ids_BT) - job.num_held], ids_BT[-max(job.num_held, 1) :]
-    watcher.phase("measuring")
-    before = _measured(job, held_BT, {})
-    watcher.measured("before", before)
-    with _log(job, accelerator, watcher) as tell:
-        try:
-            done = train_hidden(job, rows_BT, tell)
-        except VerificationError:
-            state.clear(job.folder)
-            raise
-    watcher.phase("measuring")
-    after = _measured(job, held_BT, done.tensors)
-    watcher.measured("after", after)
-    assert job.section.objective is not None
-    report = CalibrationReport(
-        steps=len(done.first) * job.steps,
-        tokens=len(done.first) * job.steps * job.batch_size * job.width,
-        loss_first=sum(done.first) / len(done.first),
-        loss_last=sum(done.last) / len(done.last),
-        resumed_from=done.resumed_from,
-        trained=list(job.section.train or ()),
-        trained_params=sum(tensor.numel() for tensor in done.tensors.values()),
-        objective=job.section.objective.terms,
-        data=job.data.name,
-        num_processes=1,
-        before=before,
-        after=after,
-        failures=list(_failures(job, after)),
-    )
-    watcher.phase("writing")
-    _write_back(job, done.tensors.items(), report)
-    return report
-
-
-def _measured(job: Job, held_BT: torch.Tensor, changed: dict[str, torch.Tensor]) -> Measured:
-    """Measure the folder's model with some of its stored tensors changed."""
-    student = load(job.folder, torch.float32)
-    if changed:
-        mapping = get_model_conversion_mapping(student)
-        config = LoadStateDictConfig(
-            weight_mapping=mapping, device_map={"": "cpu"}, dtype=torch.float32
-        )
-        convert_and_load_state_dict_in_model(student, dict(changed), config)
-    teacher = _teacher(job, torch.float32, torch.device(job.device))
-    watch = Watch(student.to(job.device), target_of(job.folder), job.top_k)
-    return measure(student, teacher, watch, held_BT.to(job.device))
 
 
 def _accelerator(job: Job) -> Accelerator:
@@ -156,9 +89,13 @@ def _accelerator(job: Job) -> Accelerator:
     return accelerator
 
 
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What is computed in, routers and the optimiser aside."""
+
+
 def _models(job: Job, accelerator: Accelerator) -> Models:
     section, target = job.section, target_of(job.folder)
-    dtype = torch.bfloat16 if section.mixed_precision == "bf16" else torch.float32
+    dtype = DTYPES[section.mixed_precision]
     replicated = section.parallel == "replicate"
     cut = (section.parallel, accelerator.num_processes)
     sharding = (
@@ -169,8 +106,11 @@ def _models(job: Job, accelerator: Accelerator) -> Models:
     trained = prepare_student(student, target, section, own, accelerator.device)
     if not trained:
         raise MoeConvertError("The model has no tensor that the section trains.")
+    if not section.dense_router and section.parallel != "experts":
+        widen_experts(student, job.top_k, accelerator.device.type)
     watch = Watch(student, target, job.top_k, dense_router=section.dense_router)
-    stepper = Stepper(trained, section, job.steps)
+    scaled = section.mixed_precision == "fp16"
+    stepper = Stepper(trained, section, job.steps, scaled=scaled)
     several = accelerator.num_processes > 1 and replicated
     wrapped = accelerator.prepare(student) if several else student
     return Models(student, wrapped, None, watch, stepper)
@@ -182,8 +122,8 @@ def _beside_teacher(
     """Measure the student; the dense model stays in memory only if it teaches."""
     watcher.phase("measuring")
     if models.teacher is None:
-        dtype = torch.bfloat16 if job.section.mixed_precision == "bf16" else torch.float32
-        models.teacher = _teacher(job, dtype, held_BT.device)
+        dtype = DTYPES[job.section.mixed_precision]
+        models.teacher = load_teacher(job.dense, dtype, held_BT.device, job.section.teacher)
         share_weights(models.teacher, models.student)
     found = measure(models.student, models.teacher, models.watch, held_BT)
     watcher.measured(when, found)
@@ -194,14 +134,22 @@ def _beside_teacher(
     return found
 
 
-def _teacher(job: Job, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Load the dense model on the device, or leave it on the host and stream it from there."""
-    from accelerate import cpu_offload
-
-    teacher = load(job.dense, dtype)
-    if job.section.teacher == "offload":
-        return cpu_offload(teacher, execution_device=device)
-    return teacher.to(device)
+def _computes_twice(
+    job: Job, models: Models, row_1T: torch.Tensor, accelerator: Accelerator, watcher: Watcher
+) -> bool:
+    """Return whether to save memory; what is cut over processes is so because it is large."""
+    section, processes = job.section, accelerator.num_processes
+    if section.gradient_checkpointing != "auto":
+        return section.gradient_checkpointing
+    if section.parallel != "replicate":
+        return True
+    rows = job.batch_size // (processes * section.grad_accum)
+    trained = sum(one.master.numel() for one in models.stepper.trained)
+    row_1T = row_1T.to(accelerator.device)
+    need = step_need(models.student, row_1T, rows, trained, processes)
+    if not need.fits:
+        watcher.phase(f"a step would take {need}, so layers are computed twice")
+    return not need.fits
 
 
 def _train(loop: Loop, accelerator: Accelerator) -> None:
@@ -212,34 +160,6 @@ def _train(loop: Loop, accelerator: Accelerator) -> None:
         if accelerator.is_main_process:
             state.clear(loop.job.folder)
         raise
-
-
-@contextlib.contextmanager
-def _log(
-    job: Job, accelerator: Accelerator, watcher: Watcher
-) -> Iterator[Callable[[StepRecord], None]]:
-    """Yield what a step is told to: the log, the trackers and whoever watches."""
-    if not accelerator.is_main_process:
-        yield lambda record: None
-        return
-    found = state.latest(job.folder, job.fingerprint) if job.resume else None
-    log = Log(job.folder, found[0].step if found else 0)
-    if job.section.trackers:
-        settings = {"steps": job.steps, "batch_size": job.batch_size}
-        accelerator.init_trackers("moe-convert", config=settings)
-
-    def tell(record: StepRecord) -> None:
-        log.step(record)
-        watcher.step(record)
-        if job.section.trackers:
-            accelerator.log(record.scalars, step=record.step)
-
-    try:
-        yield tell
-    finally:
-        log.close()
-        if job.section.trackers:
-            accelerator.end_training()
 
 
 def _report(
@@ -264,68 +184,5 @@ def _report(
         before=before,
         after=after,
     )
-    report.failures = list(_failures(job, after))
+    report.failures = list(failures(job, after))
     return report
-
-
-def _failures(job: Job, after: Measured) -> Iterator[str]:
-    """Yield the gates that the result does not pass."""
-    guards = job.section.guards
-    ratio, dead = after.perplexity / after.dense_perplexity, after.dead_experts / after.num_experts
-    if guards.max_ppl_ratio is not None and not ratio <= guards.max_ppl_ratio:
-        yield f"perplexity is {ratio:.3f} x the dense model's, allowed {guards.max_ppl_ratio}"
-    if guards.max_dead_share is not None and not dead <= guards.max_dead_share:
-        yield f"{dead:.1%} of the experts are dead, allowed {guards.max_dead_share:.1%}"
-
-
-def _write_back(
-    job: Job, tensors: Iterable[tuple[str, torch.Tensor]], report: CalibrationReport
-) -> None:
-    """Put the trained tensors in their places on disk, and the report into the manifest."""
-    files = stage_tensors(job.folder, tensors)
-    manifest = load_manifest(job.folder)
-    for info in manifest.target.files:
-        if info.path in files:
-            info.size, info.sha256 = files[info.path]
-    _describe(manifest, job, report)
-    stage_text(job.folder, MANIFEST_NAME, manifest.as_json())
-    commit(job.folder)
-
-
-def _describe(manifest: Manifest, job: Job, report: CalibrationReport) -> None:
-    manifest.exact = False
-    manifest.state = "failed" if report.failures else "calibrated"
-    manifest.calibration = report
-    section = job.section.model_copy(update={"enabled": True})
-    manifest.recipe["calibration"] = section.model_dump(mode="json")
-    manifest.recipe["data"] = job.data.model_dump(mode="json")
-
-
-def named_tensors(models: Models) -> dict[str, torch.Tensor]:
-    """Return every trained tensor, whole, by all its names in memory; every process must ask."""
-    masters = {id(one.parameter): one.master.detach() for one in models.stepper.trained}
-    found: dict[str, torch.Tensor] = {
-        name: whole(masters[id(parameter)])
-        for name, parameter in models.student.named_parameters(remove_duplicate=False)
-        if id(parameter) in masters
-    }
-    return found | dict(models.biases)
-
-
-def stored_tensors(
-    folder: Path, student: PreTrainedModel, named: dict[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors in memory by their names on disk, a layer at a time.
-
-    A tied tensor has several names, of which the folder need not have each.
-    """
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in named.items():
-        layer = re.search(r"\.\d+\.", name)
-        groups.setdefault(layer[0] if layer else "", {})[name] = tensor
-    aliases = getattr(student, "all_tied_weights_keys", None) or {}
-    present = read_folder(folder)
-    for group in groups.values():
-        for name, tensor in revert_weight_conversion(student, group).items():
-            if name in present or name not in aliases:
-                yield name, tensor

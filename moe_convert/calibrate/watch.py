@@ -100,6 +100,11 @@ class Watch:
 
     def counts(self) -> torch.Tensor:
         """Return how often each expert was chosen in the recorded pass, fp32 [L, E]."""
-        chosen_LN = torch.stack([chosen_TK.flatten() for chosen_TK in self.chosen])
-        counts_LE = chosen_LN.new_zeros((self.num_layers, self.num_experts), dtype=torch.float32)
-        return counts_LE.scatter_add_(1, chosen_LN, torch.ones_like(chosen_LN, dtype=torch.float32))
+        chosen_LTK = torch.stack([chosen_TK.flatten(0, -2) for chosen_TK in self.chosen])
+        shape = (*chosen_LTK.shape[:2], self.num_experts)
+        marks_LTE = torch.zeros(shape, dtype=torch.bool, device=chosen_LTK.device)
+        return marks_LTE.scatter_(2, chosen_LTK, True).sum(dim=1, dtype=torch.float32)
+
+    def forget(self) -> None:
+        """Let go of what was recorded."""
+        self.logits, self.chosen = [], []

@@ -1,0 +1,68 @@
+"""Many small experts as one wide FFN: every expert on every token, nothing where not chosen.
+
+The experts of transformers gather the tokens of each expert, and move a token's states as often as
+it has experts. Where experts are narrow and a good part of them is chosen, moving costs more than
+multiplying by all of them does, in time and in memory. Values and gradients are the same.
+
+T tokens · D hidden size · E routed experts · K chosen experts · F width of an expert
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_convert.calibrate.models import modules_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+NAME = "moe_convert_dense"
+MOVING = {"cpu": 64, "cuda": 192}
+"""Width of an expert that takes as long to multiply by as moving a token to an expert and back.
+
+Measured on one CPU core (hidden size 576, fp32: widths 24 to 192, 2 to 16 experts of 8 to 48); for
+GPUs worked out from the bytes that are moved.
+"""
+
+
+def widen_experts(model: PreTrainedModel, top_k: int, device: str) -> bool:
+    """Let a model run its experts as one wide FFN if that costs less; return whether it will."""
+    found = [module for _, module in modules_of(model, "experts")]
+    if not found or not all(_can(module, top_k, MOVING[device]) for module in found):
+        return False
+    ALL_EXPERTS_FUNCTIONS.register(NAME, every_expert)
+    model.set_experts_implementation(NAME)
+    return True
+
+
+def _can(experts: Any, top_k: int, moving: int) -> bool:
+    """Whether these are plain experts of transformers, and it pays."""
+    plain = getattr(experts, "has_gate", None) is not None and not (
+        experts.has_bias or experts.is_transposed or experts.has_post_expert_norm
+    )
+    if not plain:
+        return False
+    num_experts, _, width = experts.down_proj.shape
+    return bool(width * (num_experts / top_k - 1) <= moving)
+
+
+def every_expert(
+    experts: Any, x_TD: torch.Tensor, chosen_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Return what the chosen experts give, weighted and added up, as [T, D].
+
+    A product with `down` is linear, so that what goes into it can be weighted instead of what comes
+    out, and a single product adds up all experts.
+    """
+    shape = (len(x_TD), experts.num_experts)
+    weights_TE = weights_TK.new_zeros(shape).scatter(1, chosen_TK, weights_TK)
+    into_EFD = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    inside_TEF = functional.linear(x_TD, into_EFD.flatten(0, 1)).unflatten(1, (shape[1], -1))
+    inside_TEF = experts._apply_gate(inside_TEF) if experts.has_gate else experts.act_fn(inside_TEF)
+    inside_TEF = inside_TEF * weights_TE.unsqueeze(-1).to(x_TD.dtype)
+    down_DF = experts.down_proj.transpose(0, 1).flatten(1)
+    return functional.linear(inside_TEF.flatten(1), down_DF)
