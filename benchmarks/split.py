@@ -34,6 +34,7 @@ of adding each expert 178, fitted three times in turn with `down` 118 (WikiText-
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import resource
@@ -99,9 +100,10 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         for units in args.units:
             name = f"{active:.0%} E={units}"
             for strategy in args.strategies:
-                for fit in args.fits:
+                for fit, select in itertools.product(args.fits, args.select):
                     fields = {**counts(active, units), "experts.strategy": strategy}
-                    yield f"{name} {strategy} {fit}", fields | {"experts.edits": FITS[fit]}
+                    fields |= {"router.select": select, "experts.edits": FITS[fit]}
+                    yield f"{name} {strategy} {fit} {select}".removesuffix(" topk"), fields
             for fit in args.static_fits:
                 fields = {**static(active, units), "experts.strategy": "contribution"}
                 yield f"{name} static {fit}", fields | {"experts.edits": FITS[fit]}
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--units", type=int, nargs="+", default=[64])
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES)
     parser.add_argument("--fits", nargs="+", default=list(FITS))
+    parser.add_argument("--select", nargs="+", default=["topk"], help="topk, threshold or both")
     parser.add_argument("--static-fits", nargs="*", default=["two"])
     parser.add_argument("--part", default="1/1", help="every N-th row from the M-th on, as M/N")
     parser.add_argument("--json", type=Path)

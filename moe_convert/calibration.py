@@ -143,9 +143,10 @@ none of its sources, so its routers learn from text.
 """
 
 
-def resolved(section: Calibration, method: ExpertsNode, *, gpu: bool) -> Calibration:
+def resolved(section: Calibration, made: Made, *, gpu: bool) -> Calibration:
     """Return the section with every choice made that follows from the method and the machine."""
-    preset = next(preset for kind, preset in PRESETS.items() if isinstance(method, kind))
+    preset = next(preset for kind, preset in PRESETS.items() if isinstance(made.method, kind))
+    kept = {"router"} if made.null_experts else set[Part]()
     rates = {"lr": preset.lr, "router_factor": preset.router_factor}
     given = section.optimizer.model_dump(exclude_none=True)
     optimizer = Optimizer(**{**rates, **given})
@@ -156,7 +157,7 @@ def resolved(section: Calibration, method: ExpertsNode, *, gpu: bool) -> Calibra
         precision = "bf16" if gpu and not objective.hidden else "no"
     return section.model_copy(
         update={
-            "train": section.train or preset.train,
+            "train": section.train or tuple(part for part in preset.train if part not in kept),
             "objective": objective,
             "optimizer": optimizer,
             "max_tokens": tokens,
@@ -183,7 +184,8 @@ class Made:
     """The conversion that is to be calibrated, as far as the choices depend on it.
 
     `exact` says that its function was the dense one whatever the routers say or, for splits, with
-    every expert chosen; `selection_bias` that the target stores one.
+    every expert chosen; `selection_bias` that the target stores one. With `null_experts` the
+    routers' logits are held against a threshold.
     """
 
     method: ExpertsNode
@@ -191,6 +193,7 @@ class Made:
     exact: bool
     top_k: int
     selection_bias: bool
+    null_experts: int = 0
 
 
 def check(section: Calibration, made: Made) -> None:
@@ -225,6 +228,8 @@ def check(section: Calibration, made: Made) -> None:
             "Use --mixed-precision bf16.",
         )
     _check_balance(section, made)
+    if made.null_experts:
+        _check_threshold(section)
     learned = [name for name in terms if name in {"distill", "lm", "hidden"}]
     if learned and not others:
         _check_router_gradient(" and ".join(learned), made)
@@ -249,6 +254,16 @@ def _check_hidden(section: Calibration) -> None:
             "The hidden objective trains routers and experts, and nothing else, a layer at a time "
             f"in fp32, so that {named} cannot take effect as given.",
             "Leave it out, or use --objective distill.",
+        )
+
+
+def _check_threshold(section: Calibration) -> None:
+    assert section.train is not None
+    if {"router", "all"} & set(section.train) or section.bias_update or section.dense_router:
+        raise UsageError(
+            "The routers predict norms that a threshold is held against, and training them would "
+            "change how many experts a token uses.",
+            "Use --train experts, without --bias-update and --dense-router.",
         )
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moe_convert.hub import Pushed
     from moe_convert.manifest import Manifest, Routing, Sensitivity, SplitReport, VerifyReport
     from moe_convert.plan import Plan
+    from moe_convert.targets import MoeShape
 
 RESULT_SCHEMA = "moe-convert/result/1"
 PHASES = {"source": "fetch source", "write": "write text", "layers": "try layers"}
@@ -227,7 +228,7 @@ def plan_table(plan: Plan) -> Table:
         "target": f"{plan.target.model_type} ({plan.target.architecture})",
         "method": f"{method_name(plan.recipe.experts)} ({plan.recipe.experts.paper}), "
         f"router {plan.recipe.router.kind}",
-        "experts": f"{shape.num_experts} routed{shared}, top-{shape.top_k}, width "
+        "experts": f"{shape.without_nulls.num_experts} routed{shared}, {_chosen(shape)}, width "
         f"{shape.expert_size} in {len(shape.moe_layers)} of {body.num_layers} layers{dense}"
         f"{groups}",
         **_layers_row(plan),
@@ -256,6 +257,17 @@ def plan_table(plan: Plan) -> Table:
     for target, reasons in plan.refused.items():
         table.add_row(f"not {target}", _plain("; ".join(reasons)))
     return table
+
+
+def _chosen(shape: MoeShape) -> str:
+    """Return how many routed experts a token uses."""
+    if not shape.null_experts:
+        return f"top-{shape.top_k}"
+    least = shape.top_k - shape.null_experts
+    return (
+        f"{least} to {shape.top_k} and {shape.used_k} on average above a threshold made of "
+        f"{shape.null_experts} experts of zeros"
+    )
 
 
 def method_name(method: ExpertsNode) -> str:
@@ -354,6 +366,9 @@ def routing_lines(routing: Routing) -> Iterator[str]:
         f"{high:.3g}, condition number {condition}"
     )
     experts = sum(len(load) for load in routing.load)
+    if routing.mean_k:
+        low, high = min(routing.mean_k), max(routing.mean_k)
+        yield f"threshold a token uses {low:.2f} to {high:.2f} routed experts on average, by layer"
     before = f" (unbalanced {routing.unbalanced:.2f})" if routing.unbalanced else ""
     yield (
         f"load      {routing.entropy_mean:.1%} even, busiest expert {routing.max_over_mean:.2f} "

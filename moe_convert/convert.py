@@ -343,6 +343,8 @@ def target_info(plan: Plan) -> TargetInfo:
         shared_experts=shape.num_shared,
         moe_layers=list(shape.moe_layers),
         expert_size=shape.expert_size,
+        null_experts=shape.null_experts,
+        mean_k=shape.mean_k,
         params_total=plan.params_total,
         params_active=plan.params_active,
         float32=[spec.name for spec in plan.specs if spec.dtype == "F32" != plan.dtype],

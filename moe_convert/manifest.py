@@ -57,7 +57,11 @@ class FileInfo(Model):
 
 
 class TargetInfo(Model):
-    """The result; `float32` are tensors kept in that wider dtype, as the source stores them."""
+    """The result; `float32` are tensors kept in that wider dtype, as the source stores them.
+
+    The last `null_experts` of `num_experts` are zeros, which `top_k` chooses in the place of
+    others: a token uses `mean_k` of these on average where the number depends on the token.
+    """
 
     architecture: str
     path: str | None = None
@@ -66,6 +70,8 @@ class TargetInfo(Model):
     shared_experts: int
     moe_layers: list[int]
     expert_size: int
+    null_experts: int = 0
+    mean_k: int | None = None
     params_total: int
     params_active: int
     float32: list[str] = Field(default_factory=list)
@@ -135,6 +141,8 @@ class Routing(Model):
     cosine between two of them. Entropies are those of the load over the largest possible one, and
     an expert is dead that gets less than a tenth of its fair share. `unbalanced` is what
     `max_over_mean` would be without the selection bias that balances the load, null without one.
+    `mean_k` is how many experts a token uses, null where that is the same for all; experts of zeros
+    are left out of everything.
     """
 
     data: str
@@ -150,6 +158,7 @@ class Routing(Model):
     max_over_mean: float
     dead_experts: int
     unbalanced: float | None = None
+    mean_k: list[float] | None = None
 
 
 class Measured(Model):

@@ -168,6 +168,14 @@ CHOICES: dict[str, Choice] = {
         "Standard deviation of the router's logits (default: 0.5).",
         "Router",
     ),
+    "select": Choice(
+        ("router.select",),
+        str,
+        "--select",
+        "split: topk, or threshold: as many experts as lie above a layer's threshold, --top-k on "
+        "average, in targets with a selection bias (default: topk).",
+        "Router",
+    ),
     "balance_router": Choice(
         ("router.balance",),
         float,

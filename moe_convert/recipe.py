@@ -222,7 +222,10 @@ def _as_split(recipe: Recipe) -> Recipe:
     whole = target.active is None and target.top_k == target.num_experts
     router, data = dict[str, Any](), dict[str, Any]()
     if recipe.router.init == "auto":
-        router["init"] = "zeros" if whole and method.needs != "nothing" else method.router
+        exact = whole and method.needs != "nothing"
+        router["init"] = "zeros" if exact else method.router
+        if recipe.router.thresholds:
+            router["init"] = "ridge"
     if "edits" not in method.model_fields_set and not whole:
         method = method.model_copy(update={"edits": method.default_edits})
     updated = recipe.model_copy(

@@ -82,6 +82,15 @@ class Router(BaseModel):
         le=1,
         description="split: bias the choice until no expert exceeds its share by more than this",
     )
+    select: Literal["topk", "threshold"] = Field(
+        "topk",
+        description="threshold: split, a ridge router; every expert whose output it predicts to be "
+        "longer than the layer's threshold, target.top_k of them on average",
+    )
+    max_k: int | None = Field(
+        None, ge=1, description="select threshold: most experts of a token; null: twice the mean"
+    )
+    min_k: int = Field(0, ge=0, description="select threshold: fewest experts of a token")
     seed: int = Field(0, ge=0)
 
     summaries: ClassVar[dict[str, str]] = {
@@ -106,7 +115,12 @@ class Router(BaseModel):
     @property
     def steers(self) -> bool:
         """Whether a selection bias is made on data."""
-        return self.balance is not None
+        return self.balance is not None or self.thresholds
+
+    @property
+    def thresholds(self) -> bool:
+        """Whether a token's number of experts depends on it."""
+        return self.select == "threshold"
 
     @property
     def learns(self) -> bool:
@@ -269,13 +283,15 @@ class Routed:
     `condition` is the ratio of the largest to the smallest singular value of the distinct rows less
     their mean, which softmax does not see; None if they depend on each other. `closest` is the
     largest cosine between two distinct rows. `load_E` is each expert's share of all choices, and
-    `unsteered_E` what it would be without the selection bias that was made for it.
+    `unsteered_E` what it would be without the selection bias that balances it. A token uses
+    `mean_k` experts on average. Experts of zeros are left out of everything.
     """
 
     logit_std: float
     condition: float | None
     closest: float
     load_E: torch.Tensor
+    mean_k: float
     unsteered_E: torch.Tensor | None = None
 
     @property
@@ -315,21 +331,29 @@ def routed(
     """
     rows_ED = rows_ED.float()
     logits_TE = x_TD.float() @ rows_ED.T
-    load_E, unsteered_E = _load(within_groups(logits_TE, shape), shape), None
+    counts_E, unsteered_E = _counts(within_groups(logits_TE, shape), shape), None
     if bias_E is not None:
-        load_E, unsteered_E = _load(scored(logits_TE, scoring) + bias_E, shape), load_E
-    distinct_RD = rows_ED[::copies]
-    spread = float(logits_TE.std())
-    return Routed(spread, condition(distinct_RD), closest(distinct_RD), load_E, unsteered_E)
+        unsteered_E = None if shape.null_experts else counts_E / counts_E.sum()
+        counts_E = _counts(scored(logits_TE, scoring) + bias_E, shape)
+    real = len(counts_E)
+    distinct_RD = rows_ED[:real:copies]
+    return Routed(
+        float(logits_TE[:, :real].std()),
+        condition(distinct_RD),
+        closest(distinct_RD),
+        counts_E / counts_E.sum(),
+        float(counts_E.sum()) / len(x_TD),
+        unsteered_E,
+    )
 
 
-def _load(choice_TE: torch.Tensor, shape: MoeShape) -> torch.Tensor:
-    """Return each expert's share of all choices, fp64."""
+def _counts(choice_TE: torch.Tensor, shape: MoeShape) -> torch.Tensor:
+    """Return how often each expert is chosen, those of zeros left out, fp64."""
     import torch
 
     chosen_TK = choice_TE.topk(shape.top_k, dim=1).indices
     counts_E = torch.bincount(chosen_TK.flatten(), minlength=shape.num_experts)
-    return counts_E.double() / counts_E.sum()
+    return counts_E[: shape.num_experts - shape.null_experts].double()
 
 
 def within_groups(logits_TE: torch.Tensor, shape: MoeShape) -> torch.Tensor:

@@ -96,6 +96,7 @@ def routing_report(
         max_over_mean=max(one.max_over_mean for one in found),
         dead_experts=sum(one.num_dead for one in found),
         unbalanced=max(unsteered, default=None),
+        mean_k=[one.mean_k for one in found] if recipe.router.thresholds else None,
     )
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Scoring = Literal["softmax", "sigmoid"]
 
+BEYOND = 1.0
+"""More than two scores can differ by."""
 BALANCE_STEPS = 200
 SHRINK = 0.95
 """What each step of balancing is of the one before; all of them reach 20 times the first."""
@@ -47,3 +49,28 @@ def balancing_bias(scores_TE: torch.Tensor, top_k: int, tolerance: float) -> tor
             break
         bias_E, step = bias_E + step * (mean - counts_E).sign(), step * SHRINK
     return best_E
+
+
+def threshold_bias(
+    scores_TE: torch.Tensor, null_experts: int, top_k: int, mean_k: int
+) -> torch.Tensor:
+    """Return the bias of the null experts that lets `mean_k` others be chosen on average, fp32 [E].
+
+    The last `null_experts` have rows and weights of zeros: their scores are the same for all, so
+    that with a bias they are a threshold, and to choose one is to choose nobody. Of a token's
+    `top_k` best others those count that lie above it, and at least `top_k` less the null experts.
+    The threshold is therefore an exact quantile, the cap included. D2DMoE (Szatkowski et al. 2024,
+    arXiv 2310.04361) chooses by predicted output norms too, relative to each token's largest; here
+    the threshold is absolute, so that tokens which need more of the network get more.
+    """
+    real = scores_TE.shape[1] - null_experts
+    margin_TE = scores_TE[:, :real] - scores_TE[:, real:].mean(dim=1, keepdim=True)
+    best_TK = margin_TE.topk(top_k, dim=1).values
+    doubtful_N = best_TK[:, top_k - null_experts :].flatten().sort(descending=True).values
+    wanted = (mean_k - (top_k - null_experts)) * len(scores_TE)
+    bias_E = scores_TE.new_zeros(scores_TE.shape[1])
+    if 0 < wanted < len(doubtful_N):
+        bias_E[real:] = doubtful_N[wanted - 1 : wanted + 1].mean()
+    else:
+        bias_E[real:] = -BEYOND if wanted else BEYOND
+    return bias_E

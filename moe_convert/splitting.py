@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,9 @@ from moe_convert.plan import Plan, blank_experts
 from moe_convert.plan.layout import Named, without_ffn
 from moe_convert.routers import Routed, States, routed
 from moe_convert.runtime import exact_products, products
-from moe_convert.selection import balancing_bias, scored
+from moe_convert.selection import balancing_bias, scored, threshold_bias
 from moe_convert.streams import ConvertedStream, DenseStream
+from moe_convert.targets.base import zero_expert
 
 if TYPE_CHECKING:
     import torch
@@ -108,11 +109,13 @@ class Splitter:
             return blank_experts(ffn, plan.shape), Weight.filled(size, 0.0, plan.dtype)
         with self._products():
             made = self._make(layer, ffn)
-        assignment = self._method.assigned(made.grouping, plan.target, plan.shape)
+        assignment = self._method.assigned(made.grouping, plan.target, plan.shape.without_nulls)
         experts = edited(
             gather((made.ffn,), assignment), self._method.edits, self._method.seed, layer
         )
-        return replace(experts, bias_E=made.bias_E), Weight.of(made.router_ED, plan.dtype)
+        nulls = (zero_expert(plan.layout.body, plan.shape, plan.dtype),) * plan.shape.null_experts
+        experts = Experts(experts.routed + nulls, experts.shared, made.bias_E)
+        return experts, Weight.of(made.router_ED, plan.dtype)
 
     def _alone(self, named: Named) -> dict[str, Weight]:
         """Return tensors by the names that the decoder alone has for them."""
@@ -123,7 +126,7 @@ class Splitter:
         neurons = Neurons.of(ffn, self._device)
         sample = self._sample(layer, neurons)
         with exact_products(self._device):
-            grouping = self._method.group(plan.shape, layer, neurons, sample)
+            grouping = self._method.group(plan.shape.without_nulls, layer, neurons, sample)
             rows_ED = self._rows(layer, neurons, grouping, sample.x_TD)
         stored_ED = rows_ED.to(torch_dtype(plan.dtype)).float()
         bias_E, scoring = self._bias(stored_ED, sample.x_TD), plan.target.scoring
@@ -168,7 +171,12 @@ class Splitter:
     def _rows(
         self, layer: int, neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor
     ) -> torch.Tensor:
-        """Return the router's rows, scaled so that the chosen experts' weights are as wanted."""
+        """Return the router's rows, scaled so that the chosen experts' weights are as wanted.
+
+        Those of null experts are zero.
+        """
+        import torch
+
         router, plan = self._plan.recipe.router, self._plan
         seed = router.seed * 100_003 + layer
         if router.fitted:
@@ -176,17 +184,21 @@ class Splitter:
         else:
             size = (plan.shape.num_experts, plan.layout.body.hidden_size)
             rows_ED = router.rows(*size, layer, States(x_TD.cpu())).to(x_TD.device)
-        return router.scaled(rows_ED, x_TD, None)
+        rows_ED = router.scaled(rows_ED, x_TD, None)
+        zeros_ED = rows_ED.new_zeros(plan.shape.null_experts, rows_ED.shape[1])
+        return torch.cat([rows_ED, zeros_ED])
 
     def _bias(self, stored_ED: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor | None:
         """Return the selection bias of a layer whose router is stored so, fp32 [E], if any."""
-        tolerance, plan = self._plan.recipe.router.balance, self._plan
-        if tolerance is None:
+        plan, router, shape = self._plan, self._plan.recipe.router, self._plan.shape
+        if not router.steers:
             return None
         with exact_products(self._device):
             logits_TE = x_TD.float() @ stored_ED.T
         scores_TE = scored(logits_TE, plan.target.scoring)
-        return balancing_bias(scores_TE, plan.shape.top_k, tolerance)
+        if router.balance is not None:
+            return balancing_bias(scores_TE, shape.top_k, router.balance)
+        return threshold_bias(scores_TE, shape.null_experts, shape.top_k, shape.used_k)
 
     def leave(self, layer: int | None, tensors: Named) -> None:
         """Run the converted stream through a layer that was written."""

@@ -308,7 +308,7 @@ def _compare(dense: _Run, made: _Run, dtype: str) -> Parity:
 
 @dataclass
 class _Watched:
-    """What one router did."""
+    """What one router did; rows of zeros behind others are of experts of zeros and left out."""
 
     num_experts: int
     chosen: set[int] = field(default_factory=set)
@@ -318,10 +318,10 @@ class _Watched:
     def see(self, logits_TE: torch.Tensor, chosen_TK: torch.Tensor) -> None:
         """Add one batch; the std is averaged over batches by their tokens."""
         tokens = logits_TE.shape[0]
-        std = float(logits_TE.float().std())
+        std = float(logits_TE[:, : self.num_experts].float().std())
         self.std = (self.std * self._tokens + std * tokens) / (self._tokens + tokens)
         self._tokens += tokens
-        self.chosen |= set(chosen_TK.unique().tolist())
+        self.chosen |= set(chosen_TK[chosen_TK < self.num_experts].unique().tolist())
 
 
 def _routing(out: Any, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -340,10 +340,10 @@ def _watched_routers(model: PreTrainedModel, target: MoeTarget | None) -> Iterat
     for name, module in model.named_modules() if target else ():
         if target is None or not name.endswith("." + target.router_module):
             continue
-        rows_ED = next(module.parameters(), None)
+        rows_ED = next((p for p in module.parameters() if p.dim() == 2), None)
         if rows_ED is None:
             continue
-        watch = _Watched(rows_ED.shape[0])
+        watch = _Watched(int(rows_ED.any(dim=1).sum()) or len(rows_ED))
         watched.append(watch)
         hooks.append(
             module.register_forward_hook(

@@ -257,7 +257,7 @@ class _Run:
         self._job, self._layer, self._ffns, self._stepper = job, layer, ffns, stepper
         self._accelerator = layers.accelerator
         self._dense = layers.dense_ffn(layer)
-        self._watch = Watch(layers.model, layers.target, job.top_k)
+        self._watch = Watch(layers.model, layers.target, job.top_k, job.null_experts)
         assert job.section.objective is not None
         self._weights = job.section.objective.terms
         self.first = self.last = float("nan")

@@ -62,6 +62,7 @@ class Job(BaseModel):
     num_held: int
     width: int
     top_k: int
+    null_experts: int = 0
     world_size: int = 1
     resume: bool = True
     device: str = "cpu"
@@ -110,7 +111,7 @@ def prepare(request: Request) -> tuple[Job, torch.Tensor]:
     recover(folder)
     manifest = load_manifest(folder)
     made = _made(folder, manifest)
-    section = resolved(request.section, made.method, gpu=device == "cuda")
+    section = resolved(request.section, made, gpu=device == "cuda")
     check(section, made)
     if section.parallel != "replicate":
         _check_parallel(section.parallel, request)
@@ -134,6 +135,7 @@ def prepare(request: Request) -> tuple[Job, torch.Tensor]:
         num_held=num_held,
         width=ids_BT.shape[1],
         top_k=made.top_k,
+        null_experts=made.null_experts,
         world_size=request.world_size,
         resume=request.resume,
         device=device,
@@ -175,6 +177,7 @@ def _made(folder: Path, manifest: Manifest) -> Made:
         exact=manifest.exact,
         top_k=manifest.target.top_k,
         selection_bias=any(target.keeps_dtype(name) for name in read_folder(folder)),
+        null_experts=manifest.target.null_experts,
     )
 
 

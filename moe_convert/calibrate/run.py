@@ -108,7 +108,7 @@ def _models(job: Job, accelerator: Accelerator) -> Models:
         raise MoeConvertError("The model has no tensor that the section trains.")
     if not section.dense_router and section.parallel != "experts":
         widen_experts(student, job.top_k, accelerator.device.type)
-    watch = Watch(student, target, job.top_k, dense_router=section.dense_router)
+    watch = Watch(student, target, job.top_k, job.null_experts, dense_router=section.dense_router)
     scaled = section.mixed_precision == "fp16"
     stepper = Stepper(trained, section, job.steps, scaled=scaled)
     several = accelerator.num_processes > 1 and replicated

@@ -24,12 +24,21 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """Records logits and choices of every MoE layer while `recording`."""
+    """Records logits and choices of every MoE layer while `recording`, those of zeros left out."""
 
     def __init__(
-        self, model: PreTrainedModel, target: MoeTarget, top_k: int, *, dense_router: bool = False
+        self,
+        model: PreTrainedModel,
+        target: MoeTarget,
+        top_k: int,
+        null_experts: int = 0,
+        *,
+        dense_router: bool = False,
     ) -> None:
-        """Hook every layer; with `dense_router` the routers hear of all experts."""
+        """Hook every layer; with `dense_router` the routers hear of all experts.
+
+        The last `null_experts` are zeros, and to choose one is to choose nobody.
+        """
         self.target, self.top_k, self._dense_router = target, top_k, dense_router
         self.logits: list[torch.Tensor] = []
         self.chosen: list[torch.Tensor] = []
@@ -39,6 +48,8 @@ class Watch:
         routers = [module for _, module in modules_of(model, target.router_module)]
         self.num_layers = len(routers)
         self.num_experts = max(p.shape[0] for p in routers[0].parameters() if p.dim() == 2)
+        self.num_experts -= null_experts
+        self._null_experts = null_experts
         for layer, router in enumerate(routers):
             router.register_forward_hook(functools.partial(self._routed, layer))
         for layer, (_, experts) in enumerate(modules_of(model, "experts") if dense_router else ()):
@@ -52,7 +63,7 @@ class Watch:
         self._last[layer] = logits_TE
         if self._recording:
             chosen_TK = out[2] if isinstance(out, tuple) else logits_TE.topk(self.top_k).indices
-            self.logits.append(logits_TE)
+            self.logits.append(logits_TE[:, : self.num_experts])
             self.chosen.append(chosen_TK.detach())
         if self._order_T is not None:
             order_T = self._order_T.to(logits_TE.device)
@@ -101,9 +112,10 @@ class Watch:
     def counts(self) -> torch.Tensor:
         """Return how often each expert was chosen in the recorded pass, fp32 [L, E]."""
         chosen_LTK = torch.stack([chosen_TK.flatten(0, -2) for chosen_TK in self.chosen])
-        shape = (*chosen_LTK.shape[:2], self.num_experts)
+        shape = (*chosen_LTK.shape[:2], self.num_experts + self._null_experts)
         marks_LTE = torch.zeros(shape, dtype=torch.bool, device=chosen_LTK.device)
-        return marks_LTE.scatter_(2, chosen_LTK, True).sum(dim=1, dtype=torch.float32)
+        marks_LTE.scatter_(2, chosen_LTK, True)
+        return marks_LTE[..., : self.num_experts].sum(dim=1, dtype=torch.float32)
 
     def forget(self) -> None:
         """Let go of what was recorded."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moe_convert.edits import EditNode
 from moe_convert.experts import Compose
 from moe_convert.families.custom import CUSTOM
-from moe_convert.manifest import Manifest, Parity, SourceInfo
+from moe_convert.manifest import Manifest, Parity, SourceInfo, TargetInfo
 from moe_convert.provenance import unnamed
 from moe_convert.recipe import Recipe
 from moe_convert.routers import Router
@@ -78,9 +78,19 @@ def about(manifest: Manifest, name: str) -> str:
     kind = "with its own modelling file" if is_custom(manifest) else "of a stock architecture"
     return (
         f"{name} is a Mixture-of-Experts model {kind} (`{target.architecture}`) with "
-        f"{target.num_experts} routed{shared} experts in each of {len(target.moe_layers)} layers, "
-        f"of which every token uses {target.top_k}{shared}, made from {origin}. "
+        f"{target.num_experts - target.null_experts} routed{shared} experts in each of "
+        f"{len(target.moe_layers)} layers, of which {_used(target)}{shared}, made from {origin}. "
         + _how_near(manifest)
+    )
+
+
+def _used(target: TargetInfo) -> str:
+    """Return how many routed experts a token uses."""
+    if not target.null_experts:
+        return f"every token uses {target.top_k}"
+    return (
+        f"a token uses {target.mean_k} on average and {target.top_k} at most (top-{target.top_k} "
+        f"chooses {target.null_experts} experts of zeros in the place of the others)"
     )
 
 

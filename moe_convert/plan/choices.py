@@ -13,7 +13,7 @@ from moe_convert.experts import Split
 from moe_convert.families import Body, DenseFamily
 from moe_convert.families.custom import CUSTOM, CustomFamily, custom_hint
 from moe_convert.plan.model import GROUPED_MM_BYTES, bits
-from moe_convert.plan.selection import check_selection
+from moe_convert.plan.selection import check_selection, with_nulls
 from moe_convert.recipe import MEASURED, Recipe, chosen_layers
 from moe_convert.targets import TARGETS, MoeShape, MoeTarget
 from moe_convert.targets.custom import custom_target
@@ -224,6 +224,7 @@ def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTar
     )
     _check_groups(shape, target)
     recipe.experts.check(body.ffn_size, target, shape)
+    shape = with_nulls(shape, recipe.router)
     shape = replace(shape, routed_scale=recipe.experts.routed_scale(target, shape))
     if not target.allows_dense(shape):
         able = [name for name in family.targets if _rows(family)[name].allows_dense(shape)]

@@ -64,10 +64,11 @@ def _licences(plan: Plan) -> Iterator[Note]:
 def _split_notes(plan: Plan) -> Iterator[Note]:
     """Say what to expect of a split of which only a part fires."""
     shape, method = plan.shape, plan.recipe.experts
-    if not isinstance(method, Split) or shape.top_k == shape.num_experts:
+    real = shape.without_nulls.num_experts
+    if not isinstance(method, Split) or shape.used_k == real:
         return
-    fires = shape.shared_size + shape.top_k * shape.expert_size
-    share = fires / (shape.shared_size + shape.num_experts * shape.expert_size)
+    fires = shape.shared_size + shape.used_k * shape.expert_size
+    share = fires / (shape.shared_size + real * shape.expert_size)
     if not plan.recipe.carves:
         text = "Its experts and routers know nothing of each other, so the output will be noise"
     elif share < USABLE:
@@ -79,6 +80,24 @@ def _split_notes(plan: Plan) -> Iterator[Note]:
         "split_quality",
         f"{share:.0%} of every FFN fires for a token. {text} until it is trained.",
         "Add --calibrate, or let more of it fire.",
+    )
+
+
+def _null_notes(plan: Plan) -> Iterator[Note]:
+    """Say what the experts of zeros cost that make a threshold out of top-k."""
+    shape = plan.shape
+    if not shape.null_experts:
+        return
+    sizes = {spec.name: spec.num_bytes for spec in plan.specs}
+    routed = sum(size for name, size in sizes.items() if plan.target.is_routed(name))
+    share = routed * shape.null_experts / shape.num_experts / sum(sizes.values())
+    yield Note(
+        "null_experts",
+        f"A token uses {shape.used_k} routed experts on average, {shape.top_k} at most and "
+        f"{shape.top_k - shape.null_experts} at least; {shape.null_experts} experts of zeros in "
+        f"every layer, {share:.0%} of all bytes, are chosen in the place of the others, and stock "
+        f"engines compute {shape.top_k} for every token all the same.",
+        "Use --select topk for a model that is cheaper to run as it is.",
     )
 
 
@@ -106,6 +125,7 @@ def warnings(plan: Plan) -> Iterator[Note]:
     yield from _honesty(plan)
     yield from _source_notes(plan)
     yield from _split_notes(plan)
+    yield from _null_notes(plan)
     yield from _download_notes(plan)
     family = plan.layout.family
     unused = [name for name in plan.source.tensors if name.startswith(family.unused)]

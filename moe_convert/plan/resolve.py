@@ -144,8 +144,15 @@ def _check_calibration(plan: Plan) -> None:
     """Refuse to calibrate in a way that cannot work, before anything is written."""
     recipe, target = plan.recipe, plan.target
     biased = any(target.keeps_dtype(spec.name) for spec in plan.specs)
-    made = Made(recipe.experts, target, plan.exact, plan.shape.top_k, selection_bias=biased)
-    check(resolved(recipe.calibration, recipe.experts, gpu=False), made)
+    made = Made(
+        recipe.experts,
+        target,
+        plan.exact,
+        plan.shape.top_k,
+        selection_bias=biased,
+        null_experts=plan.shape.null_experts,
+    )
+    check(resolved(recipe.calibration, made, gpu=False), made)
 
 
 def _read(recipe: Recipe, source: Source, fill: Filled) -> tuple[Source, DenseFamily, Body]:
@@ -287,10 +294,10 @@ def output_folder(recipe: Recipe, source: Source, shape: MoeShape) -> Path:
 
 
 def _active(specs: list[TensorSpec], target: MoeTarget, shape: MoeShape) -> int:
-    """Return the parameters that one token uses."""
+    """Return the parameters that one token uses, on average and without experts of zeros."""
     active = 0
     for spec in specs:
-        used = shape.top_k if target.is_routed(spec.name) else shape.num_experts
+        used = shape.used_k if target.is_routed(spec.name) else shape.num_experts
         active += count(spec.shape) * used
     return active // shape.num_experts
 

@@ -1,12 +1,15 @@
-"""What the plan refuses where a selection bias is to steer who is chosen."""
+"""What selection biases need: a target that has them, a router that they fit, null experts."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from moe_convert.errors import UsageError
 from moe_convert.experts import Split
 from moe_convert.families import DenseFamily
 from moe_convert.recipe import Recipe
-from moe_convert.targets import TARGETS, MoeTarget
+from moe_convert.routers import Router
+from moe_convert.targets import TARGETS, MoeShape, MoeTarget
 
 
 def check_selection(recipe: Recipe, family: DenseFamily, target: MoeTarget) -> None:
@@ -15,14 +18,20 @@ def check_selection(recipe: Recipe, family: DenseFamily, target: MoeTarget) -> N
     Raises:
         UsageError: with the reason.
     """
-    if not recipe.router.steers:
+    router, method = recipe.router, recipe.experts
+    if not router.thresholds and (router.max_k is not None or router.min_k):
+        raise UsageError(
+            "router.max_k and router.min_k have no effect: every token gets target.top_k experts.",
+            "Use --select threshold, or leave them out.",
+        )
+    if not router.steers:
         return
-    what, method = "router.balance", recipe.experts
+    what = "router.select threshold" if router.thresholds else "router.balance"
     if not isinstance(method, Split):
         raise UsageError(
             f"{what} makes biases along the streams of a split, and experts.method is "
             f"{method.method}.",
-            "Use --method split, or calibrate with --bias-update.",
+            "Use --method split.",
         )
     if target.selection_bias is None:
         biased = [name for name, row in TARGETS.items() if row.selection_bias]
@@ -38,7 +47,44 @@ def check_selection(recipe: Recipe, family: DenseFamily, target: MoeTarget) -> N
             f"{what} does not know of groups, and there are {recipe.target.num_groups}.",
             "Leave target.num_groups out.",
         )
-    _check_balance(recipe)
+    if router.thresholds:
+        _check_threshold(router)
+    else:
+        _check_balance(recipe)
+
+
+def with_nulls(shape: MoeShape, router: Router) -> MoeShape:
+    """Return the shape with the null experts that a threshold takes, its top-k being the mean.
+
+    Raises:
+        UsageError: the fewest, the mean and the most experts of a token are not in this order.
+    """
+    if not router.thresholds:
+        return shape
+    mean, real = shape.top_k, shape.num_experts
+    most = min(2 * mean, real) if router.max_k is None else router.max_k
+    if not (router.min_k <= mean <= most <= real and router.min_k < most):
+        raise UsageError(
+            f"A token cannot use between {router.min_k} and {most} of {real} experts and {mean} on "
+            "average.",
+            "Change router.min_k, router.max_k or --top-k.",
+        )
+    nulls = most - router.min_k
+    return replace(shape, num_experts=real + nulls, top_k=most, null_experts=nulls, mean_k=mean)
+
+
+def _check_threshold(router: Router) -> None:
+    if router.balance is not None:
+        raise UsageError(
+            "router.balance and router.select threshold both decide over the selection bias.",
+            "Leave one of them out.",
+        )
+    if router.kind != "ridge":
+        raise UsageError(
+            "A threshold compares predicted output norms of different tokens, and a "
+            f"{router.kind} router predicts none.",
+            "Use --router ridge.",
+        )
 
 
 def _check_balance(recipe: Recipe) -> None:

@@ -6,7 +6,7 @@ D hidden size · E routed experts · N neurons per expert
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,9 @@ class MoeShape:
 
     `routed_scale` multiplies the combined output of the routed experts where a target has a config
     key for it. With groups, a token uses experts of its `top_groups` best of `num_groups` only.
+
+    The last `null_experts` of the `num_experts` are of zeros: to be chosen in the place of others,
+    so that a token uses between `top_k` less these and `top_k` of the rest, `mean_k` on average.
     """
 
     num_experts: int
@@ -38,6 +41,18 @@ class MoeShape:
     routed_scale: float = 1.0
     num_groups: int = 1
     top_groups: int = 1
+    null_experts: int = 0
+    mean_k: int | None = None
+
+    @property
+    def without_nulls(self) -> MoeShape:
+        """The shape as if there were no experts of zeros."""
+        return replace(self, num_experts=self.num_experts - self.null_experts, null_experts=0)
+
+    @property
+    def used_k(self) -> int:
+        """How many experts that give anything a token uses, on average."""
+        return self.top_k if self.mean_k is None else self.mean_k
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
