@@ -38,7 +38,10 @@ DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 SPLIT_TOKENS = 65_536
 """Tokens that a split is fitted to by default."""
 FLAT_STD = 2.0**-9
-"""Spread of the logits that leaves the chosen experts' weights equal to about one percent."""
+"""Spread of the logits that leaves the chosen experts' weights equal to about one percent.
+
+Near 0.5 a sigmoid in fp32 still tells logits apart that differ by a ten-thousandth of it.
+"""
 MEASURED = "auto"
 """What `target.layers` says where a measurement decides which layers stay dense."""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

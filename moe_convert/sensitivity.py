@@ -130,8 +130,12 @@ def _sample(
 
 
 def _carved(plan: Plan, layer: int, neurons: Neurons, sample: FfnSample) -> Carved:
-    """Carve a layer by the plan's strategy and router, and leave its values as they are."""
-    method, router, shape = plan.recipe.experts, plan.recipe.router, plan.shape
+    """Carve a layer by the plan's strategy and router, and leave its values as they are.
+
+    Every token gets the experts that the router alone prefers, and as many as any other.
+    """
+    method, router = plan.recipe.experts, plan.recipe.router
+    shape = plan.shape.without_nulls
     assert isinstance(method, Split)
     with exact_products(sample.x_TD.device.type):
         grouping = method.group(shape, layer, neurons, sample)
@@ -141,7 +145,7 @@ def _carved(plan: Plan, layer: int, neurons: Neurons, sample: FfnSample) -> Carv
         else:
             size = (shape.num_experts, plan.layout.body.hidden_size)
             rows_ED = router.rows(*size, layer, States(sample.x_TD.cpu()))
-    return Carved.of(neurons, grouping, rows_ED, shape.top_k)
+    return Carved.of(neurons, grouping, rows_ED, shape.used_k)
 
 
 def stay_dense(hurt: Sequence[float], rule: Literal["prefix", "any"]) -> tuple[int, ...]:

@@ -201,13 +201,16 @@ def first_ffn(folder: Path, ids_BT: torch.Tensor) -> torch.Tensor:
     return seen[0].flatten(0, 1)
 
 
-def test_the_fit_sees_the_balanced_choice(
-    dense: Dense, tmp_path: Path, text: str, split: dict[str, Any]
+@pytest.mark.parametrize(
+    "steered", [{"router__balance": 0.04}, {"router__select": "threshold"}], ids=str
+)
+def test_the_fit_sees_the_steered_choice(
+    dense: Dense, tmp_path: Path, text: str, split: dict[str, Any], steered: dict[str, Any]
 ) -> None:
     """Of layer 0, whose input no other layer changes."""
     changes = {**split, "target__architecture": "glm4_moe", "experts__edits": [{"edit": "refit"}]}
     plain = converted(dense(), tmp_path / "plain", **changes)
-    made = converted(dense(), tmp_path / "made", **changes, router__balance=0.04)
+    made = converted(dense(), tmp_path / "made", **changes, **steered)
     assert made.split is not None
     assert plain.split is not None
     assert made.split.layer_error[0] != pytest.approx(plain.split.layer_error[0], rel=1e-4)
