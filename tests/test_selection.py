@@ -464,3 +464,16 @@ def test_checks_and_card_leave_experts_of_zeros_out(
         assert watch.chosen == {expert for expert in chosen if expert < 6}
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "6 routed experts in each of 3 layers, of which a token uses 2 on average" in card
+
+
+def test_layers_are_chosen_by_measurement_with_a_threshold_too(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    source = dense(num_hidden_layers=4)
+    changes = thresholded(split, "glm4_moe", target__layers="auto")
+    manifest = converted(source, tmp_path / "out", **changes)
+    assert manifest.target.null_experts == 4
+    assert manifest.routing is not None
+    assert manifest.routing.mean_k == pytest.approx(
+        [2.0] * len(manifest.target.moe_layers), rel=0.02
+    )
