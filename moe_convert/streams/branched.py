@@ -57,9 +57,10 @@ class BranchedStream(DenseStream):
         with self._ending() as log_probabilities:
             for dense_TD, *others in self._portions():
                 dense_TV = log_probabilities(dense_TD)
+                shares_TV = dense_TV.exp()
                 for branch, states_TD in enumerate(others):
                     ratio_TV = dense_TV - log_probabilities(states_TD)
-                    totals[branch] += float((dense_TV.exp() * ratio_TV).sum())
+                    totals[branch] += float((shares_TV * ratio_TV).sum())
         num_tokens = sum(states.shape[0] * states.shape[1] for states in self.states)
         return [max(0.0, total) / num_tokens for total in totals]
 
