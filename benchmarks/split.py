@@ -100,7 +100,8 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
         for units in args.units:
             name = f"{active:.0%} E={units}"
             for strategy in args.strategies:
-                for fit, select in itertools.product(args.fits, args.select):
+                fits = [*args.fits, *(["tuned"] if strategy in args.tuned else [])]
+                for fit, select in itertools.product(fits, args.select):
                     fields = {**counts(active, units), "experts.strategy": strategy}
                     fields |= {"router.select": select, "experts.edits": FITS[fit]}
                     yield f"{name} {strategy} {fit} {select}".removesuffix(" topk"), fields
@@ -138,9 +139,10 @@ def main() -> None:
     parser.add_argument("--active", type=float, nargs="+", default=SHARES)
     parser.add_argument("--units", type=int, nargs="+", default=[64])
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES)
-    parser.add_argument("--fits", nargs="+", default=list(FITS))
+    parser.add_argument("--fits", nargs="*", choices=FITS, default=["none", "local", "two"])
+    parser.add_argument("--tuned", nargs="*", default=["contribution"], help="tuned as well")
     parser.add_argument("--select", nargs="+", default=["topk"], help="topk, threshold or both")
-    parser.add_argument("--static-fits", nargs="*", default=["two"])
+    parser.add_argument("--static-fits", nargs="*", choices=FITS, default=["two", "tuned"])
     parser.add_argument("--part", default="1/1", help="every N-th row from the M-th on, as M/N")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds")

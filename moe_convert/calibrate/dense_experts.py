@@ -41,10 +41,9 @@ def widen_experts(model: PreTrainedModel, top_k: int, device: str) -> bool:
 
 def _can(experts: Any, top_k: int, moving: int) -> bool:
     """Whether these are plain experts of transformers, and it pays."""
-    plain = getattr(experts, "has_gate", None) is not None and not (
-        experts.has_bias or experts.is_transposed or experts.has_post_expert_norm
-    )
-    if not plain:
+    others = ("has_bias", "is_transposed", "has_post_expert_norm")
+    known = getattr(experts, "has_gate", None) is not None
+    if not known or any(getattr(experts, other, False) for other in others):
         return False
     num_experts, _, width = experts.down_proj.shape
     return bool(width * (num_experts / top_k - 1) <= moving)
