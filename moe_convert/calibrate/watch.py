@@ -60,7 +60,8 @@ class Watch:
         logits_TE = (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
         if self.target.router_gives == "shares":
             logits_TE = logits_TE.clamp(min=1e-30).log()
-        self._last[layer] = logits_TE
+        if self._dense_router:
+            self._last[layer] = logits_TE
         if self._recording:
             chosen_TK = out[2] if isinstance(out, tuple) else logits_TE.topk(self.top_k).indices
             self.logits.append(logits_TE[:, : self.num_experts])
