@@ -1,12 +1,15 @@
 """Wall time and memory of `moe-convert upcycle` beside `cp` and mergekit-moe, on a synthetic Llama.
 
 python benchmarks/convert.py --size-gb 1.8 --experts 8 --runs 3 --work DIR
+python benchmarks/convert.py --size-gb 1.8 --experts 8 --runs 3 --work /dev/shm/DIR --no-cp
 
-Every round clones one dense checkpoint with moe-convert, copies that output with `cp -r`, and gives
-mergekit-moe the same job with the same shard size. Before each converter or copy, dirty pages are
-written out and its input is read once, so that all start alike, from a warm page cache. MB and GB
-are powers of ten. "Peak RSS" is the kernel's high-water mark of the largest process and counts
-mapped file pages; "anonymous" leaves those out, sampled over the process tree. Linux only.
+Every round clones one dense checkpoint with moe-convert, hashes that output as moe-convert did and
+the others do not, copies it with `cp -r`, and gives mergekit-moe the same job with the same shard
+size. Before each of these, dirty pages are written out and its input is read once, so that all
+start alike, from a warm page cache. The second call leaves the disk out, in 18 GB of memory; the
+copy would take 10 GB more. MB and GB are powers of ten. "Peak RSS" is the kernel's high-water mark
+of the largest process and counts mapped file pages; "anonymous" leaves those out, sampled over the
+process tree. Linux only.
 """
 
 import argparse
@@ -35,12 +38,13 @@ SAMPLE_PERIOD_S = 0.05
 VOCAB_SIZE = 32_000
 MERGEKIT_PINS = ("torch==2.13.0", "transformers==5.23.0", "mergekit==0.1.5")
 PYTHON, OURS, COPY, MERGEKIT = "interpreter", "moe-convert", "cp", "mergekit-moe"
-
-
-IMPORTS = (
-    "import moe_convert.workflow, torch; from transformers import AutoModelForCausalLM, "
-    "LlamaForCausalLM, MixtralConfig"
+HASH = "SHA-256 of the result"
+HASHING = (
+    "import sys; from pathlib import Path; from moe_convert.checkpoint import sha256_of; "
+    "[sha256_of(Path(file)) for file in sys.argv[1:]]"
 )
+
+IMPORTS = "import moe_convert.workflow, torch"
 """What the interpreter row imports: everything that a conversion needs before it reads a byte."""
 
 
@@ -53,6 +57,7 @@ class Job:
     num_experts: int
     moe_convert: Path
     mergekit: Path | None
+    copies: bool = True
 
 
 @dataclass(frozen=True)
@@ -287,8 +292,11 @@ def run_round(job: Job) -> Iterator[Usage]:
     python = str(job.moe_convert.with_name("python"))
     yield measure(PYTHON, [python, "-c", IMPORTS], job.work)
     yield measure_writer(OURS, our_command(job, output), job.source, output)
-    yield measure_writer(COPY, ["/bin/cp", "-r", str(output), str(copy)], output, copy)
-    shutil.rmtree(copy)
+    hashed = [python, "-c", HASHING, *map(str, files_below(output))]
+    yield measure_writer(HASH, hashed, output, output)
+    if job.copies:
+        yield measure_writer(COPY, ["/bin/cp", "-r", str(output), str(copy)], output, copy)
+        shutil.rmtree(copy)
     shutil.rmtree(output)
     if job.mergekit:
         yield measure_writer(MERGEKIT, mergekit_command(job, output), job.source, output)
@@ -343,6 +351,7 @@ def parse_options() -> argparse.Namespace:
     option("--work", type=Path, help="folder to work in; keeps the source (default: temporary)")
     option("--mergekit", type=Path, help="a mergekit-moe 0.1.5 (default: install it in --work)")
     option("--no-mergekit", action="store_true", help="leave mergekit-moe out")
+    option("--no-cp", action="store_true", help="leave the copy out")
     ours = Path(sys.executable).with_name("moe-convert")
     option("--moe-convert", type=Path, default=ours, help="our script (default: %(default)s)")
     option("--json", type=Path, help="also write the rows to this file")
@@ -353,7 +362,9 @@ def run(options: argparse.Namespace, work: Path) -> list[Usage]:
     """Prepare the job in `work` and return the rows of all rounds."""
     source = prepare_source(work, options.size_gb)
     mergekit = None if options.no_mergekit else options.mergekit or prepare_mergekit(work)
-    job = Job(work, source, options.experts, options.moe_convert, mergekit)
+    job = Job(
+        work, source, options.experts, options.moe_convert, mergekit, copies=not options.no_cp
+    )
     return [row for _ in range(options.runs) for row in run_round(job)]
 
 

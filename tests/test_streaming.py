@@ -48,7 +48,7 @@ def progress(what, done, total):
     if what == "convert" and 2 * done > total:
         os.kill(os.getpid(), signal.SIGKILL)
 
-convert(planned(sys.argv[1], sys.argv[2]), progress)
+convert(planned(sys.argv[1], sys.argv[2], output__max_shard_size=sys.argv[3]), progress)
 """
 
 
@@ -93,7 +93,7 @@ def killed(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return where the output of a run that was killed half-way would have been."""
     output = tmp_path_factory.mktemp("killed") / "out"
     before = digest(dense())
-    result = run_python(KILLED, str(dense()), str(output))
+    result = run_python(KILLED, str(dense()), str(output), "5GB")
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert digest(dense()) == before
     assert [path.name for path in output.parent.iterdir()] == ["out.partial"]
@@ -135,6 +135,21 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert without_manifest(interrupted) == without_manifest(tmp_path / "whole")
     assert not interrupted.with_name("out.partial").exists()
     assert difference(logits(interrupted), logits(dense())) <= 1e-4
+
+
+def test_a_killed_run_of_several_files_resumes_to_the_same_bytes(
+    dense: Dense, tmp_path: Path
+) -> None:
+    """Several files are written at once, so later steps are partly done and not recorded."""
+    shards = {"output__max_shard_size": "200KB"}
+    result = run_python(KILLED, str(dense()), str(tmp_path / "out"), "200KB")
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert len(list((tmp_path / "out.partial").glob("*.safetensors"))) > 2
+    manifest = converted(dense(), tmp_path / "out", **shards)
+    converted(dense(), tmp_path / "whole", **shards)
+    assert without_manifest(tmp_path / "out") == without_manifest(tmp_path / "whole")
+    hashes = digest(tmp_path / "out")
+    assert {file.path: file.sha256 for file in manifest.target.files}.items() <= hashes.items()
 
 
 def test_resuming_skips_what_is_finished(dense: Dense, interrupted: Path) -> None:

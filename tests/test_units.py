@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,20 @@ def test_the_writer_writes_what_safetensors_reads(tmp_path: Path) -> None:
     assert found["c"].shape == (2, 0)
     assert hashes == {"model.safetensors": sha256_of(tmp_path / "model.safetensors")}
     assert not list(tmp_path.glob(".progress"))
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 1])
+def test_a_file_is_hashed_no_further_than_it_is_written(
+    tmp_path: Path, max_shard_bytes: int
+) -> None:
+    """The last tensor of each file comes first, with time to hash what lies before it."""
+    writer = CheckpointWriter(tmp_path, shard(SPECS, max_shard_bytes))
+    for spec in reversed(SPECS):
+        writer.write(spec.name, Weight.of(random(*spec.shape), spec.dtype))
+        writer.finish_step(spec.name)
+        time.sleep(0.1)
+    hashes = writer.finish()
+    assert hashes == {path.name: sha256_of(path) for path in tmp_path.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize(
