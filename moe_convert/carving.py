@@ -17,10 +17,8 @@ from moe_convert.selection import Scoring, scored
 if TYPE_CHECKING:
     import torch
 
-PORTION = 8192
-"""Tokens whose neurons are held at once."""
-GRAM_BLOCKS = 8
-"""Blocks of rows of a Gram matrix, of which only what is right of the diagonal is computed."""
+PORTION = 2048
+"""Tokens whose neurons are held at once: few enough to stay near the processor."""
 ILL_CONDITIONED = 1e5
 """Bound on a condition number from which fp32 would lose the solution."""
 WARM_UP = 0.1
@@ -60,27 +58,72 @@ class Carved:
             group_F[neurons_N.to(group_F.device)] = expert
         return cls(neurons, group_F, router_ED.to(neurons.gate_FD), top_k, bias_E, scoring)
 
-    def fires(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Return one for every neuron that fires and zero for the others, fp32 [T, F]."""
+    def by_expert(self) -> tuple[Carved, torch.Tensor]:
+        """Return the same with each expert's neurons side by side, and their old places [F]."""
+        order_F = self.group_F.argsort(stable=True)
+        return self.with_neurons(_taken(self.neurons, order_F), self.group_F[order_F]), order_F
+
+    def with_neurons(self, neurons: Neurons, group_F: torch.Tensor | None = None) -> Carved:
+        """Return the same with other neurons, in the same experts or others."""
+        return replace(self, neurons=neurons, group_F=self.group_F if group_F is None else group_F)
+
+    def chosen(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return one for every expert that is chosen, and for the shared neurons, fp32 [T, E+1]."""
         with exact_products(x_TD.device.type):
             scores_TE = x_TD.float() @ self.router_ED.T
         if self.bias_E is not None:
             scores_TE = scored(scores_TE, self.scoring) + self.bias_E
-        fires = scores_TE.new_zeros(len(x_TD), scores_TE.shape[1] + 1)
-        fires.scatter_(1, scores_TE.topk(self.top_k, dim=1).indices, 1.0)
-        fires[:, -1] = 1.0
-        return fires[:, self.group_F]
+        chosen_TE = scores_TE.new_zeros(len(x_TD), scores_TE.shape[1] + 1)
+        chosen_TE.scatter_(1, scores_TE.topk(self.top_k, dim=1).indices, 1.0)
+        chosen_TE[:, -1] = 1.0
+        return chosen_TE
 
-    def hidden(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Return what the neurons send to `down`, zero where they do not fire, fp32 [T, F]."""
-        return self.neurons.hidden(x_TD).mul_(self.fires(x_TD))
+    def parts(self, x_TD: torch.Tensor) -> Iterator[tuple[Neurons, slice, torch.Tensor]]:
+        """Yield the neurons of every expert and of the shared ones, their place, their tokens.
+
+        Neurons must be `by_expert`. Only what fires is computed this way: a quarter of the work
+        where a quarter fires.
+        """
+        chosen_TE = self.chosen(x_TD)
+        tokens = chosen_TE.T.nonzero()[:, 1].split(chosen_TE.sum(dim=0).long().tolist())
+        sizes = self.group_F.bincount(minlength=chosen_TE.shape[1]).tolist()
+        start = 0
+        for neurons, token_N in zip(_divided(self.neurons, sizes), tokens, strict=True):
+            stop = start + len(neurons.gate_FD)
+            if stop > start:
+                yield neurons, slice(start, stop), token_N
+            start = stop
+
+    def given(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return the output of neurons that are `by_expert`, fp32 [T, D]."""
+        neurons = self.neurons
+        if x_TD.is_cuda:  # masking is faster there than many small products
+            fires_TF = self.chosen(x_TD)[:, self.group_F]
+            return ((neurons.hidden(x_TD) * fires_TF) @ neurons.down_DF.T).float()
+        given_TD = neurons.gate_FD.new_zeros(x_TD.shape)
+        for part, _, token_N in self.parts(x_TD):
+            hidden_TN = part.hidden(x_TD.index_select(0, token_N))
+            given_TD.index_add_(0, token_N, (hidden_TN @ part.down_DF.T).float())
+        return given_TD
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return the output, fp32 [T, D]."""
         import torch
 
-        parts = [self.hidden(part_TD) @ self.neurons.down_DF.T for part_TD in x_TD.split(PORTION)]
-        return torch.cat(parts)
+        ordered, _ = self.by_expert()
+        return torch.cat([ordered.given(part_TD) for part_TD in x_TD.split(PORTION)])
+
+
+def _taken(neurons: Neurons, index_N: torch.Tensor) -> Neurons:
+    gate_FD, up_FD = neurons.gate_FD[index_N], neurons.up_FD[index_N]
+    return Neurons(gate_FD, up_FD, neurons.down_DF[:, index_N], neurons.act)
+
+
+def _divided(neurons: Neurons, sizes: list[int]) -> Iterator[Neurons]:
+    """Yield so many adjacent neurons after the other."""
+    parts = (neurons.gate_FD.split(sizes), neurons.up_FD.split(sizes))
+    for gate_ND, up_ND, down_DN in zip(*parts, neurons.down_DF.split(sizes, dim=1), strict=True):
+        yield Neurons(gate_ND, up_ND, down_DN, neurons.act)
 
 
 def refit(
@@ -93,27 +136,29 @@ def refit(
     """
     import torch
 
-    down_DF = carved.neurons.down_DF
+    ordered, order_F = carved.by_expert()
+    down_DF = ordered.neurons.down_DF
     width = down_DF.shape[1]
-    block = -(-width // GRAM_BLOCKS)
     gram_FF, cross_FD = down_DF.new_zeros(width, width), down_DF.new_zeros(width, len(down_DF))
     for x, target in _portions(x_TD, target_TD):
-        hidden_TF = carved.hidden(x)
-        for start in range(0, width, block):
-            part_TB = hidden_TF[:, start : start + block]
-            gram_FF[start : start + block, start:].addmm_(part_TB.T, hidden_TF[:, start:])
-        cross_FD.addmm_(hidden_TF.T, target.float())
-    gram_FF = gram_FF.triu() + gram_FF.triu(1).T
+        hidden_TF = x.new_zeros(len(x), width)
+        for part, place, token_N in ordered.parts(x):
+            value_TN = part.hidden(x.index_select(0, token_N))
+            hidden_TF[:, place].index_copy_(0, token_N, value_TN)
+            upto_TF = hidden_TF[:, : place.stop].index_select(0, token_N)
+            gram_FF[place, : place.stop].addmm_(value_TN.T, upto_TF)
+            cross_FD[place].addmm_(value_TN.T, target.index_select(0, token_N).float())
+    gram_FF = gram_FF.tril() + gram_FF.tril(-1).T
     damping = ridge * float(gram_FF.diagonal().mean())
     if damping <= 0:
-        return down_DF
+        return carved.neurons.down_DF
     cross_FD += damping * down_DF.T
     largest = float(gram_FF.abs().sum(dim=1).max())
     gram_FF.diagonal().add_(damping)
     wide = torch.float64 if largest / damping > ILL_CONDITIONED else torch.float32
     factor_FF = torch.linalg.cholesky(gram_FF.to(wide))
     solved_FD: torch.Tensor = torch.cholesky_solve(cross_FD.to(wide), factor_FF)
-    return solved_FD.T.float().contiguous()
+    return solved_FD[order_F.argsort()].T.float().contiguous()
 
 
 def tune(
@@ -134,30 +179,27 @@ def tune(
     """
     import torch
 
-    neurons = carved.neurons
-    parts = [
-        torch.nn.Parameter(part.clone())
-        for part in (neurons.gate_FD, neurons.up_FD, neurons.down_DF)
-    ]
-    live = Neurons(parts[0], parts[1], parts[2], neurons.act)
+    ordered, order_F = carved.by_expert()
+    neurons = ordered.neurons
+    parts = [torch.nn.Parameter(part) for part in (neurons.gate_FD, neurons.up_FD, neurons.down_DF)]
+    live = ordered.with_neurons(Neurons(parts[0], parts[1], parts[2], neurons.act))
     groups = [{"params": [p], "lr": rate * float(p.detach().square().mean().sqrt())} for p in parts]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     norm = float(target_TD.square().sum(dim=1).mean())
     if norm == 0:
-        return neurons
+        return carved.neurons
     for chosen_T in _draws(len(x_TD), tokens, steps, seed):
         index = chosen_T.to(x_TD.device)
-        x, fires_TF = x_TD[index], carved.fires(x_TD[index])
         with torch.enable_grad():
-            given = (live.hidden(x) * fires_TF) @ live.down_DF.T
-            loss = (given - target_TD[index]).square().sum(dim=1).mean() / norm
+            given = live.given(x_TD.index_select(0, index))
+            loss = (given - target_TD.index_select(0, index)).square().sum(dim=1).mean() / norm
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
     gate_FD, up_FD, down_DF = (part.detach() for part in parts)
-    return Neurons(gate_FD, up_FD, down_DF, neurons.act)
+    return _taken(Neurons(gate_FD, up_FD, down_DF, neurons.act), order_F.argsort())
 
 
 def _rate(step: int, steps: int) -> float:
@@ -179,8 +221,11 @@ def _draws(num_tokens: int, wanted: int, steps: int, seed: int) -> Iterator[torc
 
 def relative_error(given_TD: torch.Tensor, target_TD: torch.Tensor) -> float:
     """Return the share of the target's energy that is missed: 0 is perfect, 1 is nothing."""
-    missed = (given_TD - target_TD).square().sum()
-    return float(missed / target_TD.square().sum().clamp(min=1e-30))
+    missed, energy = 0.0, 0.0
+    for given, target in _portions(given_TD, target_TD):
+        missed += float((given - target).square().sum())
+        energy += float(target.square().sum())
+    return missed / max(energy, 1e-30)
 
 
 def with_down(carved: Carved, down_DF: torch.Tensor) -> Carved:

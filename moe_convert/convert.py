@@ -242,6 +242,7 @@ def public_recipe(plan: Plan) -> Recipe:
     router = recipe.router.model_copy(update={"init": recipe.router.kind})
     data = recipe.data.public
     output = recipe.output.model_copy(update={"dir": None, "overwrite": False})
+    runtime = recipe.runtime.model_copy(update={"offload_dir": None})
     return recipe.model_copy(
         update={
             "source": source,
@@ -250,6 +251,7 @@ def public_recipe(plan: Plan) -> Recipe:
             "router": router,
             "data": data,
             "output": output,
+            "runtime": runtime,
             "push": PushSection(),
         }
     )

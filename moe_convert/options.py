@@ -348,6 +348,13 @@ CHOICES: dict[str, Choice] = {
         "auto (a GPU if there is one), cpu or cuda.",
         "Runtime",
     ),
+    "offload_dir": Choice(
+        ("runtime.offload_dir",),
+        str,
+        "--offload-dir",
+        "split: folder on whose disk the hidden states live, not in memory.",
+        "Runtime",
+    ),
     "max_shard_size": Choice(
         ("output.max_shard_size",),
         str,

@@ -23,6 +23,11 @@ class Runtime(BaseModel):
         "auto",
         description="auto: what measures and fits multiplies in bf16 or TF32 where that is faster",
     )
+    offload_dir: str | None = Field(
+        None,
+        description="split: folder on whose disk the hidden states live, not in memory; without "
+        "it beside the output, where they would take more than half of the free memory",
+    )
 
 
 def bf16_is_fast() -> bool:

@@ -19,21 +19,21 @@ from moe_convert.edits import Fit, edited
 from moe_convert.experts import Split
 from moe_convert.ffn import Experts, Ffn, FfnSample, Grouping, Neurons, Weight, gather, torch_dtype
 from moe_convert.gradients import spill_gradients
+from moe_convert.grouping.parts import portions
 from moe_convert.inputs import Inputs
 from moe_convert.manifest import SplitReport
 from moe_convert.plan import Plan, blank_experts
+from moe_convert.plan.estimate import offload_folder
 from moe_convert.plan.layout import Named, without_ffn
 from moe_convert.routers import Routed, States, routed
 from moe_convert.runtime import exact_products, products
 from moe_convert.selection import balancing_bias, scored, threshold_bias
-from moe_convert.streams import ConvertedStream, DenseStream
+from moe_convert.streams import ConvertedStream, DenseStream, Room
 from moe_convert.targets.base import zero_expert
 
 if TYPE_CHECKING:
     import torch
 
-PORTION = 8192
-"""Tokens that go through a dense FFN at once."""
 MEASURED = 8192
 """Tokens on which the error of a layer is measured, evenly spaced."""
 
@@ -75,9 +75,10 @@ class Splitter:
         self._rest = {
             n: self._alone(named) for n, named in without_ffn(plan.layout, weights).items()
         }
+        self._room = Room(device, offload_folder(plan))
         with self._products():
             self._dense = DenseStream(
-                local.config, plan.layout.family, weights, inputs.data_BT, device
+                local.config, plan.layout.family, weights, inputs.data_BT, device, self._room
             )
             self._converted = ConvertedStream(
                 plan.layout.text_config,
@@ -85,6 +86,7 @@ class Splitter:
                 inputs.data_BT,
                 device,
                 plan.layout.family.token_tables,
+                self._room,
             )
         self._gradients = layer_gradients(local, plan, inputs.data_BT, device)
         self._found: dict[int, Routed] = {}
@@ -150,14 +152,14 @@ class Splitter:
         def given_TD() -> torch.Tensor:
             import torch
 
-            parts = dense_TD.split(PORTION)
+            parts = portions(dense_TD, len(neurons.gate_FD))
             return torch.cat([neurons.hidden(part_TD) @ neurons.down_DF.T for part_TD in parts])
 
         gain = self._converted.gain
         if gain is None:
             target_TD = given_TD()
         else:
-            target_TD = (self._wanted_TD(layer) - self._converted.left_TD) / gain
+            target_TD = self._missing_TD(layer).div_(gain).to(self._device)
         gradient = self._gradients.loaders[layer] if self._gradients.loaders else None
         row = self._inputs.data_BT.shape[1]
         return FfnSample(x_TD, dense_TD, target_TD, row, gradient, given_TD)
@@ -167,6 +169,13 @@ class Splitter:
         divisor = self._plan.target.stream_divisor(layer)
         states_TD = self._dense.states_TD
         return states_TD if divisor == 1 else states_TD / divisor
+
+    def _missing_TD(self, layer: int) -> torch.Tensor:
+        """Return what the converted stream lacks where the layer's FFN gives nothing."""
+        import torch
+
+        left_TD = self._converted.states_TD
+        return torch.sub(self._wanted_TD(layer), left_TD, out=self._room.empty(*left_TD.shape))
 
     def _rows(
         self, layer: int, neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from moe_convert import carving
 from moe_convert.carving import Carved, refit
 from moe_convert.checkpoint import read_folder
 from moe_convert.convert import convert
 from moe_convert.data import Data, token_ids
-from moe_convert.errors import UsageError
+from moe_convert.errors import DoesNotFitError, UsageError
 from moe_convert.experts import STRATEGIES
 from moe_convert.ffn import Ffn, FfnSample, Grouping, Neurons
 from moe_convert.inputs import Inputs, read_inputs
+from moe_convert.manifest import MANIFEST_NAME
 from moe_convert.plan import Plan, make_plan
+from moe_convert.plan.estimate import offload_folder
 from moe_convert.recipe import SCHEMA, build_recipe
 from moe_convert.splitting import Splitter
+from moe_convert.streams import Room
 from tests.conftest import Dense
 from tests.tiny import TINY, VOCAB_SIZE
 from tests.tools import converted, difference, digest, load, logits, planned
@@ -226,7 +232,9 @@ def slow_hidden(carved: Carved, x_TD: torch.Tensor) -> torch.Tensor:
     """Return the firing neurons' values, one token after the other."""
     neurons, rows = carved.neurons, []
     for x_D in x_TD:
-        chosen = (carved.router_ED @ x_D).topk(carved.top_k).indices.tolist()
+        score_E = carved.router_ED @ x_D
+        score_E = score_E if carved.bias_E is None else score_E.sigmoid() + carved.bias_E
+        chosen = score_E.topk(carved.top_k).indices.tolist()
         gate_F = torch.nn.functional.silu(neurons.gate_FD @ x_D)
         value_F = gate_F * (neurons.up_FD @ x_D)
         fires = [group in (*chosen, len(carved.router_ED)) for group in carved.group_F.tolist()]
@@ -241,6 +249,39 @@ def test_refit_in_chunks_is_refit_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     whole_DF = refit(carved, x_TD, target_TD, 0.01)
     monkeypatch.setattr("moe_convert.carving.PORTION", 33)
     assert torch.allclose(refit(carved, x_TD, target_TD, 0.01), whole_DF, atol=1e-5)
+
+
+def test_only_what_fires_gives() -> None:
+    """An expert that nobody chooses gives nothing; tokens go through in portions."""
+    generator = torch.Generator().manual_seed(5)
+    carved = replace(random_carved(generator, top_k=2), bias_E=torch.tensor([0.0, -1e9, 0.0]))
+    x_TD = torch.randn(3 * carving.PORTION // 2, 6, generator=generator)
+    expected_TD = slow_hidden(carved, x_TD) @ carved.neurons.down_DF.T
+    assert torch.allclose(carved(x_TD), expected_TD, atol=1e-4)
+
+
+def test_tune_descends_on_the_masked_error() -> None:
+    """Adam on the error of all neurons computed and masked, all tokens in every step."""
+    generator = torch.Generator().manual_seed(6)
+    carved = random_carved(generator, top_k=1)
+    x_TD, target_TD = (torch.randn(40, 6, generator=generator) for _ in range(2))
+    fires_TF = slow_hidden(carved, x_TD) != 0
+    old = carved.neurons
+    live = [part.clone().requires_grad_() for part in (old.gate_FD, old.up_FD, old.down_DF)]
+    rates = [0.05 * float(part.detach().square().mean().sqrt()) for part in live]
+    optimizer = torch.optim.Adam([{"params": [part]} for part in live])
+    for share in (1.0, 0.75, 0.25):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = share * rate
+        hidden_TF = torch.nn.functional.silu(x_TD @ live[0].T) * (x_TD @ live[1].T) * fires_TF
+        missed = (hidden_TF @ live[2].T - target_TD).square().sum()
+        optimizer.zero_grad()
+        (missed / target_TD.square().sum()).backward()
+        optimizer.step()
+    found = carving.tune(carved, x_TD, target_TD, steps=3, tokens=40, rate=0.05, seed=0)
+    for part, expected in zip((found.gate_FD, found.up_FD, found.down_DF), live, strict=True):
+        assert torch.allclose(part, expected, atol=1e-5)
+    assert not torch.allclose(found.up_FD, old.up_FD, atol=1e-2)
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
@@ -447,3 +488,74 @@ def test_a_gpu_finds_what_a_cpu_finds(dense: Dense, tmp_path: Path, split: dict[
         found[device] = (manifest.split.stream_error, logits(output))
     assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-2)
     assert difference(found["cuda"][1], found["cpu"][1]) < 0.05
+
+
+def mapped() -> list[str]:
+    """Return the lines of this process's memory map that are states without a name on disk."""
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if "/.moe-convert-" in line and line.endswith("(deleted)")]
+
+
+def test_states_on_disk_give_the_same_bytes(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    usual, folder, seen = planned(dense(), tmp_path / "one", **split), tmp_path / "states", [0]
+    one = convert(usual, lambda *_: seen.append(len(mapped())))
+    assert max(seen) == 0
+    folder.mkdir()
+    plan = planned(dense(), tmp_path / "two", **split, runtime__offload_dir=str(folder))
+    two = convert(plan, lambda *_: seen.append(len(mapped())))
+    assert max(seen) >= 4
+    files = [digest(output) | {MANIFEST_NAME: ""} for output in (usual.output, plan.output)]
+    assert files[0] == files[1]
+    assert one.split == two.split
+    assert not list(folder.iterdir())
+    assert not mapped()
+    states = 5 * 4 * plan.layout.body.hidden_size * NUM_TOKENS
+    assert plan.estimate.disk_bytes - usual.estimate.disk_bytes == states
+    assert usual.estimate.ram_bytes - plan.estimate.ram_bytes == states
+    assert str(folder) not in (tmp_path / "two" / "recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_states_on_disk_are_gone_after_an_error(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "convert" and done:
+            assert mapped()
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "states"
+    folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        convert(planned(dense(), tmp_path / "out", **split, runtime__offload_dir=str(folder)), stop)
+    gc.collect()
+    assert not list(folder.iterdir())
+    assert not mapped()
+
+
+def test_large_states_go_to_disk_beside_the_output(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(dense(), tmp_path / "new" / "out", **split)
+    assert offload_folder(plan) is None
+    states = 5 * 4 * plan.layout.body.hidden_size * NUM_TOKENS
+    monkeypatch.setattr("moe_convert.plan.estimate.available_ram_bytes", lambda: 2 * states - 2)
+    assert offload_folder(plan) == tmp_path
+    clone = planned(dense(), tmp_path / "out", data__train=split["data__train"])
+    assert offload_folder(clone) is None
+
+
+def test_a_full_disk_is_said_before_states_are_written(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFitError, match="--offload-dir"):
+        Room("cpu", tmp_path).empty(1 << 40, 1 << 10)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_for_states_that_takes_none_is_refused(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="no folder that can be written"):
+        planned(dense(), tmp_path / "out", **split, runtime__offload_dir=str(tmp_path / "none"))
+    with pytest.raises(UsageError, match="has no effect"):
+        planned(dense(), tmp_path / "out", runtime__offload_dir=str(tmp_path))

@@ -79,10 +79,10 @@ def distilled_rows(energy_TE: torch.Tensor, x_TD: torch.Tensor, seed: int) -> to
     for _ in range(STEPS):
         chosen_T = torch.randint(len(x_TD), (min(TOKENS, len(x_TD)),), generator=generator)
         index = chosen_T.to(x_TD.device)
-        energy = energy_TE[index]
+        energy = energy_TE.index_select(0, index)
         share = energy / energy.sum(dim=1, keepdim=True).clamp(min=1e-30)
         with torch.enable_grad():
-            loss = cross_entropy(x_TD[index] @ rows_ED.T, share)
+            loss = cross_entropy(x_TD.index_select(0, index) @ rows_ED.T, share)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-PORTION = 1 << 26
+PORTION = 1 << 22
 """Elements of a matrix of activations that are held at once."""
-
-
 DESCRIBED = 16_384
 """Tokens from which neurons are described and routers fitted: more change little and cost much."""
 

@@ -10,10 +10,12 @@ from moe_convert.carving import PORTION
 from moe_convert.compose import distinct
 from moe_convert.data.writing import ram_bytes
 from moe_convert.edits import Refit
-from moe_convert.errors import DoesNotFitError
+from moe_convert.errors import DoesNotFitError, UsageError
 from moe_convert.inputs import FITTED_TOKENS, JUDGED_TOKENS
 from moe_convert.plan.model import Estimate, Plan, count
+from moe_convert.recipe import Recipe
 from moe_convert.streams import HEAD_TOKENS
+from moe_convert.streams.converted import FFN_TOKENS
 
 LARGE_DROP = 0.5
 INTERPRETER_BYTES = 450 * 10**6
@@ -25,6 +27,8 @@ START_S = {"copying": (3.0, 1.0), "running": (12.0, 4.0)}
 """Seconds until the first byte, slowest and fastest: weights alone, or models that have to run."""
 SPLIT_RUNS = 8.0
 """Operations for every token and dense parameter that a fitted split takes beside running it."""
+LARGEST_SHARE = 0.5
+"""Of the free memory, from which on hidden states go to the disk."""
 SAMPLE_TOKENS = 512
 VERIFY_TOKENS = 1600
 """What a check runs through each of the two models: a text, random tokens, two dtypes."""
@@ -43,22 +47,26 @@ def estimate(plan: Plan) -> Estimate:
     verify = 4 * max(params, dense) if plan.recipe.verify.enabled else 0
     writing = ram_bytes(dense) if plan.recipe.data.is_self else 0
     buffers = sum(source.buffer_bytes for source in sources)
+    offloaded = offload_folder(plan)
+    in_memory, spilled = (0, _states_bytes(plan)) if offloaded else (_states_bytes(plan), 0)
     runs = plan.recipe.verify.enabled or plan.recipe.needs_input
     start_s = START_S["running" if runs else "copying"]
     slow, quick = (
         start + (output_bytes + fetched) / rate + verify / (10 * rate) + _flop(plan) / run_rate
         for start, rate, run_rate in zip(start_s, WRITE_RATE, RUN_RATE, strict=True)
     )
-    folder = plan.output.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(plan.output.absolute().parent)
     return Estimate(
         download_bytes=download,
-        disk_bytes=output_bytes + fetched,
+        disk_bytes=output_bytes + fetched + spilled,
         free_disk_bytes=shutil.disk_usage(folder).free,
         ram_bytes=INTERPRETER_BYTES
         + buffers
-        + max(unpacking, writing, 8 * largest + max(_states_bytes(plan), _trials_bytes(plan))),
+        + max(
+            unpacking,
+            writing,
+            8 * largest + max(_fitting_bytes(plan) + in_memory, _trials_bytes(plan)),
+        ),
         verify_ram_bytes=INTERPRETER_BYTES + verify,
         free_ram_bytes=available_ram_bytes(),
         time_s=(round(quick, 1), round(slow, 1)),
@@ -111,16 +119,61 @@ def _gram_flop(plan: Plan, tokens: int) -> float:
 def _states_bytes(plan: Plan) -> int:
     """Return what the hidden states of the data take, in fp32.
 
-    Two sets and a copy in between; a split keeps those of two streams, what goes into their FFNs
-    and what should come out, and some tokens' neurons with matrices over all of them.
+    One stream and what goes into its FFNs; a split keeps two, and what should come out.
     """
     data, body = plan.recipe.data, plan.layout.body
     if data.train is None:
         return 0
+    return (20 if plan.recipe.carves else 8) * body.hidden_size * data.max_tokens
+
+
+def _fitting_bytes(plan: Plan) -> int:
+    """Return what fitting a layer takes: some tokens' neurons, matrices over all, experts' inputs.
+
+    The matrices are the Gram matrix in fp32, and itself and its factor in fp64.
+    """
+    body, shape = plan.layout.body, plan.shape
     if not plan.recipe.carves:
-        return 12 * body.hidden_size * data.max_tokens
-    neurons = 5 * PORTION * body.ffn_size + 4 * body.ffn_size**2
-    return 4 * (8 * body.hidden_size * data.max_tokens + neurons)
+        return 0
+    neurons = 20 * PORTION * body.ffn_size + 24 * body.ffn_size**2
+    return neurons + 12 * FFN_TOKENS * shape.top_k * body.hidden_size
+
+
+def offload_folder(plan: Plan) -> Path | None:
+    """Return on whose disk the hidden states of a split live; None if they stay in memory."""
+    wanted = plan.recipe.runtime.offload_dir
+    if wanted:
+        return Path(wanted).expanduser()
+    large = _states_bytes(plan) > LARGEST_SHARE * available_ram_bytes()
+    return _existing(plan.output.absolute().parent) if plan.recipe.carves and large else None
+
+
+def check_offload(recipe: Recipe) -> None:
+    """Refuse a folder for hidden states that cannot take any.
+
+    Raises:
+        UsageError: nothing would be put there, or nothing can be.
+    """
+    wanted = recipe.runtime.offload_dir
+    if wanted is None:
+        return
+    if not recipe.carves:
+        raise UsageError(
+            "--offload-dir has no effect: only a split that is made of data keeps hidden states.",
+            "Leave it out.",
+        )
+    folder = Path(wanted).expanduser()
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(
+            f"--offload-dir {wanted} is no folder that can be written to.",
+            "Create it, or give another.",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def available_ram_bytes() -> int:

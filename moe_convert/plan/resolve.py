@@ -22,7 +22,7 @@ from moe_convert.families.shapes import stored
 from moe_convert.ffn import TORCH_NAMES
 from moe_convert.inputs import check_inputs
 from moe_convert.plan.choices import choose_shape, choose_target, most_dense, with_counts
-from moe_convert.plan.estimate import estimate
+from moe_convert.plan.estimate import check_offload, estimate
 from moe_convert.plan.layout import announce, rest
 from moe_convert.plan.model import GROUPED_MM_BYTES, Estimate, Layout, Plan, bits, count
 from moe_convert.plan.notes import warnings
@@ -79,6 +79,7 @@ def plan_source(
     target, refused = choose_target(recipe, source, family, body)
     target = target.compatible(target, body) if recipe.output.compat else target
     shape = choose_shape(recipe, family, body, target)
+    check_offload(recipe)
     check_inputs(recipe, shape, body.hidden_size, body.vocab_size, source.folder)
     untie = target.stock and body.tied and (recipe.output.compat or target.must_untie(body))
     as_stored = recipe.target.dtype == "auto"

@@ -10,6 +10,7 @@ from moe_convert.streams.base import Stream, skeleton
 from moe_convert.streams.branched import HEAD_TOKENS, BranchedStream
 from moe_convert.streams.converted import ConvertedStream
 from moe_convert.streams.dense import DenseStream
+from moe_convert.streams.room import Room
 from moe_convert.streams.sample import SAMPLE_TEXT, sample_ids
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "BranchedStream",
     "ConvertedStream",
     "DenseStream",
+    "Room",
     "Stream",
     "sample_ids",
     "skeleton",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_convert.checkpoint.names import build, full_config
 from moe_convert.ffn import Weight, torch_dtype
+from moe_convert.streams.room import Room
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,8 @@ class _Finished(Exception):
 class Stream:
     """A model's hidden states, advanced one decoder layer at a time, fp32.
 
-    The states of all tokens are kept, what a layer computes on the way only for some rows at once.
+    The states of all tokens are kept, and what a layer's FFN receives, in one place for all layers;
+    what a layer computes on the way only for some rows at once.
     """
 
     def __init__(
@@ -43,20 +45,22 @@ class Stream:
         ids: torch.Tensor | Sequence[torch.Tensor],
         token_tables: tuple[str, ...] = (),
         device: str = "cpu",
+        room: Room | None = None,
     ) -> None:
         """Embed the token ids and record how each layer is called.
 
         `weights` are read lazily, by the names of the loaded `model`, which takes no memory yet;
         `layers` is where it has its decoder layers. `ids` are rows [B, T], or several such tensors
-        of different lengths.
+        of different lengths. `room` is where the states live, by default the device.
         """
         self._model, self._weights, self._device = model, weights, device
         self._at, self._tables = layers, token_tables
         self._layers: list[Any] = list(model.get_submodule(layers))
         self._calls: list[list[Call]] = []
-        self.states: list[torch.Tensor] = self._begin(_batches(ids))
+        self._room = room or Room(device)
+        self._begin(_batches(ids))
 
-    def _begin(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    def _begin(self, batches: list[torch.Tensor]) -> None:
         import torch
 
         used, compact_N = torch.cat([ids.flatten() for ids in batches]).unique(return_inverse=True)
@@ -72,12 +76,24 @@ class Stream:
         self._model.set_submodule(self._at, torch.nn.ModuleList(stubs))
         self._to_device()
         compact = compact_N.split([ids.numel() for ids in batches])
-        states = [
-            self._record(part.view_as(ids).to(self._device), seen)
-            for part, ids in zip(compact, batches, strict=True)
-        ]
+        for batch, (part, ids) in enumerate(zip(compact, batches, strict=True)):
+            embedded_BTD = self._record(part.view_as(ids).to(self._device), seen)
+            if batch == 0:
+                self._make_room(batches, embedded_BTD.shape[-1])
+            self.states[batch].copy_(embedded_BTD)
         self._model.set_submodule(self._at, torch.nn.ModuleList(self._layers))
-        return states
+
+    def _make_room(self, batches: list[torch.Tensor], num_dims: int) -> None:
+        """Lay the states of every batch into those of all tokens, in the order of the ids."""
+        sizes = [ids.numel() for ids in batches]
+
+        def divided(all_TD: torch.Tensor) -> list[torch.Tensor]:
+            parts = zip(all_TD.split(sizes), batches, strict=True)
+            return [part_TD.view(*ids.shape, -1) for part_TD, ids in parts]
+
+        self.states_TD = self._room.empty(sum(sizes), num_dims)
+        self._received_TD = self._room.empty(sum(sizes), num_dims)
+        self.states, self._received = divided(self.states_TD), divided(self._received_TD)
 
     def _to_device(self) -> None:
         """Move what has values; layers without weights keep theirs on the meta device."""
@@ -155,21 +171,20 @@ class Stream:
         args, kwargs = self._calls[batch][layer]
         with torch.no_grad():
             given_BTD = self.states[batch] if states_BTD is None else states_BTD
-            result = self._layers[layer](given_BTD, *args, **kwargs)
+            result = self._layers[layer](given_BTD.to(self._device), *args, **kwargs)
         states: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return states
 
+    def _keep(self, batch: int, received: list[torch.Tensor]) -> None:
+        """Put aside what the layer's FFN has just received, and empty the list."""
+        into_BTD = self._received[batch]
+        into_BTD.copy_(received[0].view_as(into_BTD))
+        received.clear()
+
     @property
-    def states_TD(self) -> torch.Tensor:
-        """The states of all tokens, [T, D], in the order of the ids."""
-        return flat(self.states)
-
-
-def flat(batches: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return batches of rows as one list of tokens, [T, D]."""
-    import torch
-
-    return torch.cat([states.flatten(0, -2) for states in batches])
+    def received_TD(self) -> torch.Tensor:
+        """What the FFN of the layer that was reached receives, fp32 [T, D], until the next one."""
+        return self._received_TD.to(self._device)
 
 
 def _batches(ids: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:

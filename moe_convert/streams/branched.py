@@ -44,7 +44,8 @@ class BranchedStream(DenseStream):
         hook = module.get_submodule(self._family.ffn_module).register_forward_hook(instead)
         self._branches += (self._all(layer, self.states),)
         hook.remove()
-        self.states = self._all(layer, self.states)
+        for states_BTD, after_BTD in zip(self.states, self._all(layer, self.states), strict=True):
+            states_BTD.copy_(after_BTD)
         module.to("meta")
         self._next += 1
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_convert.checkpoint.names import loaded_names
 from moe_convert.ffn import Weight, torch_dtype
-from moe_convert.streams.base import Stream, flat, skeleton
+from moe_convert.streams.base import Stream, skeleton
+from moe_convert.streams.room import Room
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 ROUTER = "router"
 """What a router is called that is not part of the FFN module but stands beside it in the layer."""
 
-FFN_TOKENS = 16_384
-"""Tokens that go through experts at once."""
+FFN_TOKENS = 2048
+"""Tokens that go through experts at once, each as often as it has experts."""
 
 
 class ConvertedStream(Stream):
@@ -38,20 +39,23 @@ class ConvertedStream(Stream):
         ids: torch.Tensor | Sequence[torch.Tensor],
         device: str = "cpu",
         token_tables: tuple[str, ...] = (),
+        room: Room | None = None,
     ) -> None:
         """Embed the token ids; `around` are the tensors outside the layers, as they are stored."""
         model = skeleton(config)
+        if device == "cpu":  # where one expert after the other is faster than all in one product
+            model.set_experts_implementation("eager")
         names = loaded_names(model.config, around)
         weights = {loaded: around[stored] for stored, loaded in names.items()}
-        super().__init__(model, _layers_of(model), weights, ids, token_tables, device)
-        self._left: list[torch.Tensor] = []
-        self._received: list[torch.Tensor] = []
+        super().__init__(model, _layers_of(model), weights, ids, token_tables, device, room)
+        self._entered = False
         self.gain: float | None = None
 
     def enter(self, layer: int, tensors: Mapping[str, Weight]) -> torch.Tensor:
         """Run a layer without its FFN; return what this receives, fp32 [T, D].
 
-        `tensors` are the layer's others, as they are stored.
+        `tensors` are the layer's others, as they are stored. Where there is a gain, the states are
+        then those after the layer as if its FFN gave nothing. The next layer overwrites both.
         """
         self._load(tensors)
         module = self._layers[layer]
@@ -61,28 +65,30 @@ class ConvertedStream(Stream):
         first = next(iter(probes.values()))
         for name, probe in probes.items():
             module.set_submodule(name, probe)
-        self._left = [self._run(layer, batch) for batch in range(len(self.states))]
-        self._received = list(first.seen)
-        self.gain = self._gain(layer, first)
+        for batch, states_BTD in enumerate(self.states):
+            left_BTD = self._run(layer, batch)
+            self._keep(batch, first.seen)
+            if batch == 0:
+                self.gain = self._gain(layer, first, left_BTD)
+            if self.gain is not None:
+                states_BTD.copy_(left_BTD)
         for name, old in replaced.items():
             module.set_submodule(name, old)
-        self._ffns = list(replaced)
-        return flat(self._received)
+        self._ffns, self._entered = list(replaced), True
+        return self.received_TD
 
-    def _gain(self, layer: int, probe: Any) -> float | None:
-        """Return what the layer multiplies its FFN's output by; None if it does more than that."""
-        left_BTD = self._left[0]
+    def _gain(self, layer: int, probe: Any, left_BTD: torch.Tensor) -> float | None:
+        """Return what the layer multiplies its FFN's output by; None if it does more than that.
+
+        `left_BTD` is what it makes of the first batch where the FFN gives nothing.
+        """
         probe.gives = left_BTD.roll(1, dims=-1).flip(dims=(1,))
         moved_BTD = self._run(layer, 0) - left_BTD
         gain = float((moved_BTD * probe.gives).sum() / probe.gives.square().sum())
         wrong = (moved_BTD - gain * probe.gives).norm() / probe.gives.norm()
         probe.gives = None
+        probe.seen.clear()
         return gain if float(wrong) < 1e-3 * abs(gain) else None
-
-    @property
-    def left_TD(self) -> torch.Tensor:
-        """The stream after the layer as if its FFN gave nothing, fp32 [T, D]."""
-        return flat(self._left)
 
     def ffns(self, layer: int, tensors: Mapping[str, Weight]) -> dict[str, torch.nn.Module]:
         """Load the FFN of the layer that was entered; return its modules by name in the model."""
@@ -96,23 +102,18 @@ class ConvertedStream(Stream):
 
         self._load(tensors)
         module = self._layers[layer]
-        if self._left and self.gain is not None:
+        if self._entered and self.gain is not None:
             ffns = [module.get_submodule(name) for name in self._ffns]
-            x_TD = flat(self._received)
-            with torch.no_grad():
-                given = [
-                    sum(_first(ffn(part_TD.unsqueeze(0))) for ffn in ffns).squeeze(0)
-                    for part_TD in x_TD.split(FFN_TOKENS)
-                ]
-            parts = torch.cat(given).split([left.shape[0] * left.shape[1] for left in self._left])
-            self.states = [
-                left.add_(part_TD.view_as(left), alpha=self.gain)
-                for left, part_TD in zip(self._left, parts, strict=True)
-            ]
+            parts = (self._received_TD.split(FFN_TOKENS), self.states_TD.split(FFN_TOKENS))
+            for x_TD, states_TD in zip(*parts, strict=True):
+                x_BTD = x_TD.unsqueeze(0).to(self._device)
+                with torch.no_grad():
+                    given_BTD = sum(_first(ffn(x_BTD)) for ffn in ffns)
+                states_TD.add_(given_BTD.squeeze(0).to(states_TD.device), alpha=self.gain)
         else:
-            for batch in range(len(self.states)):
-                self.states[batch] = self._run(layer, batch)
-        self._left, self._received = [], []
+            for batch, states_BTD in enumerate(self.states):
+                states_BTD.copy_(self._run(layer, batch))
+        self._entered = False
         module.to("meta")
 
     def _load(self, tensors: Mapping[str, Weight]) -> None:
