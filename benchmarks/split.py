@@ -59,6 +59,7 @@ STRATEGIES = (
     "cmoe",
     "expertweaver",
     "gradient",
+    "learned",
     "coactivation",
     "weights",
     "random",

@@ -36,7 +36,12 @@ if TYPE_CHECKING:
     from moe_convert.targets import MoeShape
 
 RESULT_SCHEMA = "moe-convert/result/1"
-PHASES = {"source": "fetch source", "write": "write text", "layers": "try layers"}
+PHASES = {
+    "source": "fetch source",
+    "write": "write text",
+    "layers": "try layers",
+    "learn": "learn split",
+}
 """What the phases are called that have another name in the code."""
 PLAIN_INTERVAL_S = 5.0
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_convert.checkpoint import CheckpointWriter, Source, TensorRef, sha256_of
+from moe_convert.checkpoint.replace import WORK
 from moe_convert.compose import ExpertSource, averaged, check_tokenizers, distinct
 from moe_convert.data import SelfWriter
 from moe_convert.errors import MoeConvertError, OutputExistsError, UsageError
@@ -84,12 +85,13 @@ def convert(plan: Plan, progress: Progress = silent) -> Manifest:
         try:
             with (
                 closing(CheckpointWriter(partial, plan.shards)) as files,
-                closing(layer_maker(plan, local, weights, inputs, files)) as make,
+                closing(layer_maker(plan, local, weights, inputs, files, progress)) as make,
             ):
                 hashes = _write_tensors(plan, weights, make, files, progress)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        shutil.rmtree(partial / WORK, ignore_errors=True)
         broken += [pool.submit(ref.nonfinite) for ref in refs if not ref.local]
         warnings = _nonfinite_warnings(refs, broken)
     _write_side_files(plan, local, partial)

@@ -278,7 +278,8 @@ class FfnSample:
     model, and `target_TD` what it should add to the converted model's stream so that this equals
     the dense one. `row_length` tokens in a row are one text. `given_TD` computes what the dense FFN
     gives in the dense model. `gradient_TD` loads the gradient of the dense model's mean token loss
-    with respect to the FFN's output, where it was asked for.
+    with respect to the FFN's output, and `learned` are groups that were learned on the whole model,
+    where they were asked for.
     """
 
     x_TD: torch.Tensor
@@ -287,6 +288,7 @@ class FfnSample:
     row_length: int
     gradient_TD: Callable[[], torch.Tensor] | None = None
     given_TD: Callable[[], torch.Tensor] | None = None
+    learned: Grouping | None = None
 
 
 @dataclass(frozen=True)

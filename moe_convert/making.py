@@ -6,10 +6,11 @@ D hidden size · E routed experts
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from moe_convert.checkpoint import CheckpointWriter, Source
 from moe_convert.edits import edited
+from moe_convert.experts import Learned
 from moe_convert.ffn import Experts, Weight, gather
 from moe_convert.inputs import Inputs
 from moe_convert.manifest import SplitReport
@@ -19,6 +20,9 @@ from moe_convert.routers import Routed
 from moe_convert.routing import RouterMaker
 from moe_convert.runtime import chosen_device
 from moe_convert.splitting import Splitter
+
+if TYPE_CHECKING:
+    from moe_convert.learning import Progress
 
 
 class Maker(Protocol):
@@ -91,8 +95,11 @@ def layer_maker(
     weights: Mapping[str, Weight],
     inputs: Inputs | None,
     writer: CheckpointWriter,
+    progress: Progress,
 ) -> Maker:
     """Return what makes the layers of a plan; `writer` knows which of them are finished.
+
+    What must be learned on the whole model is learned here.
 
     Raises:
         UsageError: the device is not there.
@@ -105,4 +112,9 @@ def layer_maker(
     def is_written(layer: int) -> bool:
         return writer.has(step_name(layer))
 
-    return Splitter(plan, local, weights, inputs, is_written, device)
+    learned = None
+    if isinstance(plan.recipe.experts, Learned):
+        from moe_convert.learning import learn
+
+        learned = learn(plan, local, weights, inputs.data_BT, writer.folder, device, progress)
+    return Splitter(plan, local, weights, inputs, is_written, device, learned)

@@ -108,6 +108,15 @@ class VerifyReport(Model):
     calibrated: bool = False
 
 
+class LearningReport(Model):
+    """How a split was learned: the loss of the first step, and that of the last ones smoothed."""
+
+    steps: int
+    tokens: int
+    loss_first: float
+    loss_last: float
+
+
 class SplitReport(Model):
     """How near a split that was fitted to data comes to the dense model, on that data.
 
@@ -118,6 +127,7 @@ class SplitReport(Model):
     layers: list[int]
     stream_error: list[float]
     layer_error: list[float | None]
+    learning: LearningReport | None = None
 
 
 class Sensitivity(Model):

@@ -101,8 +101,8 @@ CHOICES: dict[str, Choice] = {
         ("experts.strategy",),
         str,
         "--strategy",
-        "split: contribution (default), coactivation, cmoe, expertweaver, gradient, weights, "
-        "random or contiguous.",
+        "split: contribution (default), coactivation, cmoe, expertweaver, gradient, learned, "
+        "weights, random or contiguous.",
         "Experts",
     ),
     "refit": Choice(

@@ -104,7 +104,7 @@ class Router(BaseModel):
         "ridge": "split: least squares onto the length of each expert's output",
         "mean-gate": "split: mean of each expert's gate rows (arXiv 2602.15521)",
         "representative": "strategy cmoe: its router's scores, projected onto a linear one",
-        "grouped": "strategy gradient: the clusters that its experts were made for",
+        "grouped": "strategies gradient and learned: what came out with their groups",
     }
 
     @property
@@ -225,7 +225,8 @@ def _representative(
 def _grouped(neurons: Neurons, grouping: Grouping, x_TD: torch.Tensor, seed: int) -> torch.Tensor:
     if grouping.router_ED is None:
         raise UsageError(
-            "Only the groups of strategy gradient come with a router.", "Use --router distill."
+            "Only the groups of strategies gradient and learned come with a router.",
+            "Use --router distill.",
         )
     return grouping.router_ED.to(x_TD)
 

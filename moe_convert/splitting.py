@@ -34,6 +34,8 @@ from moe_convert.targets.base import zero_expert
 if TYPE_CHECKING:
     import torch
 
+    from moe_convert.learning import Learning
+
 MEASURED = 8192
 """Tokens on which the error of a layer is measured, evenly spaced."""
 
@@ -66,6 +68,7 @@ class Splitter:
         inputs: Inputs,
         is_written: Callable[[int], bool],
         device: str = "cpu",
+        learned: Learning | None = None,
     ) -> None:
         """Embed the data; `is_written` says which layers an earlier run has finished."""
         method = plan.recipe.experts
@@ -88,6 +91,7 @@ class Splitter:
                 plan.layout.family.token_tables,
                 self._room,
             )
+        self._learned = learned
         self._gradients = layer_gradients(local, plan, inputs.data_BT, device)
         self._found: dict[int, Routed] = {}
         self._errors: dict[int, float] = {}
@@ -162,7 +166,8 @@ class Splitter:
             target_TD = self._missing_TD(layer).div_(gain).to(self._device)
         gradient = self._gradients.loaders[layer] if self._gradients.loaders else None
         row = self._inputs.data_BT.shape[1]
-        return FfnSample(x_TD, dense_TD, target_TD, row, gradient, given_TD)
+        learned = self._learned.groups[layer] if self._learned else None
+        return FfnSample(x_TD, dense_TD, target_TD, row, gradient, given_TD, learned)
 
     def _wanted_TD(self, layer: int) -> torch.Tensor:
         """Return what the converted stream should be after a layer, fp32 [T, D]."""
@@ -249,6 +254,7 @@ class Splitter:
             layers=list(self._errors),
             stream_error=list(self._errors.values()),
             layer_error=[self._local_errors.get(layer) for layer in self._errors],
+            learning=self._learned.report if self._learned else None,
         )
 
     def close(self) -> None:

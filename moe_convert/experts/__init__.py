@@ -22,6 +22,7 @@ from moe_convert.experts.split import (
     Contribution,
     ExpertWeaver,
     Gradient,
+    Learned,
     Random,
     Split,
     Weights,
@@ -44,6 +45,7 @@ ExpertsNode = Annotated[
     | Annotated[Cmoe, Tag("cmoe")]
     | Annotated[ExpertWeaver, Tag("expertweaver")]
     | Annotated[Gradient, Tag("gradient")]
+    | Annotated[Learned, Tag("learned")]
     | Annotated[Weights, Tag("weights")]
     | Annotated[Random, Tag("random")]
     | Annotated[Contiguous, Tag("contiguous")],
@@ -67,6 +69,7 @@ __all__ = [
     "ComposeSource",
     "Contribution",
     "ExpertsNode",
+    "Learned",
     "Method",
     "SharedResidual",
     "Split",

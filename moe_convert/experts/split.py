@@ -8,15 +8,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
+
 from moe_convert.edits import EditNode, Refit, Tune
 from moe_convert.errors import UsageError
 from moe_convert.experts.base import Method, outside_config
 from moe_convert.ffn import Assignment, FfnSample, Grouping, Neurons
+from moe_convert.training.settings import Optimizer, Schedule
 
 if TYPE_CHECKING:
     import torch
 
     from moe_convert.targets import MoeShape, MoeTarget
+
+
+Needs = Literal["nothing", "weights", "states", "gradients", "logits"]
+"""What must be known before a layer can be cut; `logits` are trained against beforehand."""
 
 
 class Split(Method):
@@ -28,7 +35,7 @@ class Split(Method):
 
     method: Literal["split"] = "split"
 
-    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "states"
+    needs: ClassVar[Needs] = "states"
     router: ClassVar[str] = "distill"
     default_edits: ClassVar[tuple[EditNode, ...]] = ()
 
@@ -89,7 +96,7 @@ class Contiguous(Split):
     """
 
     strategy: Literal["contiguous"] = "contiguous"
-    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "nothing"
+    needs: ClassVar[Needs] = "nothing"
     router: ClassVar[str] = "normal"
     paper: ClassVar[str] = "arXiv 2511.21089"
     summary: ClassVar[str] = "cut the FFN in the order of its neurons"
@@ -110,7 +117,7 @@ class Random(Split):
     """
 
     strategy: Literal["random"] = "random"
-    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "nothing"
+    needs: ClassVar[Needs] = "nothing"
     router: ClassVar[str] = "normal"
     paper: ClassVar[str] = "arXiv 2406.16554"
     summary: ClassVar[str] = "cut the FFN into random groups of neurons"
@@ -129,7 +136,7 @@ class Weights(Split):
     """Parameter clustering of MoEfication (Zhang et al. 2021, arXiv 2110.01786)."""
 
     strategy: Literal["weights"] = "weights"
-    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "weights"
+    needs: ClassVar[Needs] = "weights"
     paper: ClassVar[str] = "arXiv 2110.01786"
     summary: ClassVar[str] = "balanced clusters of the gate's rows"
 
@@ -213,7 +220,7 @@ class Gradient(Split):
     """Residual split by first-order importance (LLaMA-MoE v2, Qu et al. 2024, arXiv 2411.15708)."""
 
     strategy: Literal["gradient"] = "gradient"
-    needs: ClassVar[Literal["nothing", "weights", "states", "gradients"]] = "gradients"
+    needs: ClassVar[Needs] = "gradients"
     router: ClassVar[str] = "grouped"
     paper: ClassVar[str] = "arXiv 2411.15708"
     summary: ClassVar[str] = "neurons by their importance to clusters of tokens"
@@ -227,6 +234,65 @@ class Gradient(Split):
         assert neurons is not None
         assert sample is not None
         return gradient.group(
+            neurons, sample, shape.num_experts, shape.shared_size, self.layer_seed(layer)
+        )
+
+
+class Learned(Split):
+    """DOT-MoE (2026, arXiv 2606.01666): groups and routers against the dense model's own logits.
+
+    Every neuron has an affinity to every expert. Sinkhorn's algorithm makes balanced shares of
+    them, a greedy rule rounds these, and a linear router chooses experts; gradients pass through
+    both choices as if they were soft. All layers are learned together on the whole model, whose
+    weights do not change: 2 KL from the dense logits + cross-entropy + 0.001 squared log-sum-exp of
+    router logits + 0.01 load balance, by AdamW with a fifth of warm-up and a cosine.
+
+    Different from the paper: experts that are shared, which it has none of, have the neurons with
+    the largest energy for good; a run is short and starts from the groups and routers of strategy
+    `contribution` (`start: random` is the paper's); hard groups are made anew every `refresh`
+    steps; and Sinkhorn's gradient is that of its limit. A step goes over `tokens` tokens of the
+    data, whose rows come again when all had their turn. It keeps the dense model in fp32, the input
+    of every layer and the logits of 2,048 tokens in memory. `layers: auto` tries the groups that
+    learning would start from.
+    """
+
+    strategy: Literal["learned"] = "learned"
+    steps: int | None = Field(None, ge=1, description="null: 300 on a GPU, 60 on a CPU")
+    tokens: int = Field(4096, ge=1, description="of each step")
+    lr: float = Field(5e-4, gt=0, description="of AdamW, for affinities and random routers")
+    start: Literal["contribution", "random"] = Field(
+        "contribution", description="strategy whose groups it starts from, or none"
+    )
+    temperature: float = Field(
+        0.1, gt=0, description="of the shares, from 1 at the start to this after a fifth"
+    )
+    refresh: int = Field(10, ge=1, description="steps between roundings of the groups")
+
+    needs: ClassVar[Needs] = "logits"
+    router: ClassVar[str] = "grouped"
+    paper: ClassVar[str] = "arXiv 2606.01666"
+    summary: ClassVar[str] = "groups and routers trained together against the dense model's logits"
+    schedule: ClassVar[Schedule] = Schedule(warmup=0.2)
+    clip_norm: ClassVar[float] = 1.0
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """AdamW with the rate doubled for routers, whose random rows have half the usual spread."""
+        return Optimizer(lr=self.lr, router_factor=2.0, betas=(0.9, 0.999), weight_decay=1e-4)
+
+    def num_steps(self, *, gpu: bool) -> int:
+        """Return how many steps are taken."""
+        return self.steps or (300 if gpu else 60)
+
+    def group(
+        self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None
+    ) -> Grouping:
+        """Return what was learned before; where nothing was, from where learning starts."""
+        from moe_convert.grouping import learned
+
+        assert neurons is not None
+        assert sample is not None
+        return sample.learned or learned.start(
             neurons, sample, shape.num_experts, shape.shared_size, self.layer_seed(layer)
         )
 
@@ -273,6 +339,7 @@ STRATEGIES: dict[str, type[Split]] = {
     "cmoe": Cmoe,
     "expertweaver": ExpertWeaver,
     "gradient": Gradient,
+    "learned": Learned,
     "weights": Weights,
     "random": Random,
     "contiguous": Contiguous,

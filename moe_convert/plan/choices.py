@@ -252,20 +252,25 @@ def _check_fixed_router(recipe: Recipe, target: MoeTarget) -> None:
         )
 
 
+MADE_WITH = {"representative": ("cmoe",), "grouped": ("gradient", "learned")}
+"""Routers that come out of some strategies, with their groups."""
+
+
 def _check_made_router(recipe: Recipe) -> None:
     """Refuse a router that is made together with experts which are not there."""
     kind, method = recipe.router.kind, recipe.experts
     strategy = getattr(method, "strategy", None)
-    wanted = {"representative": "cmoe", "grouped": "gradient"}.get(kind, strategy)
+    wanted = MADE_WITH.get(kind, (str(strategy),))
     if recipe.router.fitted and not isinstance(method, Split):
         raise UsageError(
             f"A {kind} router is fitted to parts of one FFN, and experts.method is "
             f"{method.method}.",
             "Use --method split, or --router normal.",
         )
-    if wanted != strategy:
+    if str(strategy) not in wanted:
         raise UsageError(
-            f"A {kind} router comes out of the strategy {wanted}, and this one is {strategy}.",
+            f"A {kind} router comes out of the strategy {' or '.join(wanted)}, and this one is "
+            f"{strategy}.",
             "Use --router distill.",
         )
 

@@ -11,6 +11,7 @@ from moe_convert.compose import distinct
 from moe_convert.data.writing import ram_bytes
 from moe_convert.edits import Refit
 from moe_convert.errors import DoesNotFitError, UsageError
+from moe_convert.experts import Learned
 from moe_convert.inputs import FITTED_TOKENS, JUDGED_TOKENS
 from moe_convert.plan.model import Estimate, Plan, count
 from moe_convert.recipe import Recipe
@@ -29,6 +30,10 @@ SPLIT_RUNS = 8.0
 """Operations for every token and dense parameter that a fitted split takes beside running it."""
 LARGEST_SHARE = 0.5
 """Of the free memory, from which on hidden states go to the disk."""
+LEARNING_RUNS = 8.0
+"""Operations for every token and dense parameter that a step of learning a split takes."""
+LEARNING_TOKENS = 2048
+"""Tokens that go through the model at once while a split is learned."""
 SAMPLE_TOKENS = 512
 VERIFY_TOKENS = 1600
 """What a check runs through each of the two models: a text, random tokens, two dtypes."""
@@ -65,7 +70,8 @@ def estimate(plan: Plan) -> Estimate:
         + max(
             unpacking,
             writing,
-            8 * largest + max(_fitting_bytes(plan) + in_memory, _trials_bytes(plan)),
+            8 * largest
+            + max(_fitting_bytes(plan) + in_memory, _trials_bytes(plan), _learning_bytes(plan)),
         ),
         verify_ram_bytes=INTERPRETER_BYTES + verify,
         free_ram_bytes=available_ram_bytes(),
@@ -81,7 +87,28 @@ def _flop(plan: Plan) -> float:
     checked = VERIFY_TOKENS if recipe.verify.enabled else 0
     fitted = SPLIT_RUNS * dense * measured + _gram_flop(plan, measured) if recipe.carves else 0.0
     runs = 2.0 * (dense * (measured + checked) + plan.params_active * checked)
-    return runs + fitted + _trials_flop(plan)
+    return runs + fitted + _trials_flop(plan) + _learning_flop(plan)
+
+
+def _learning_flop(plan: Plan) -> float:
+    """Return the operations of learning a split on a CPU: four runs of the model, one backwards."""
+    method = plan.recipe.experts
+    if not isinstance(method, Learned):
+        return 0.0
+    return LEARNING_RUNS * plan.params_dense * method.num_steps(gpu=False) * method.tokens
+
+
+def _learning_bytes(plan: Plan) -> int:
+    """Return what learning takes: the model in fp32, and for some tokens what it computes.
+
+    That is the input of every layer, all of one layer, and a few copies of the logits.
+    """
+    body, method = plan.layout.body, plan.recipe.experts
+    if not isinstance(method, Learned):
+        return 0
+    inside = 20 * body.hidden_size + 10 * body.ffn_size
+    kept = body.num_layers * body.hidden_size + inside + 5 * body.vocab_size
+    return 4 * (plan.params_dense + LEARNING_TOKENS * kept)
 
 
 def _trial_tokens(plan: Plan) -> int:
