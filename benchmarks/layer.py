@@ -91,7 +91,7 @@ def main() -> None:
     times: list[float] = []
 
     def progress(what: str, done: int, total: int) -> None:
-        if what == "convert":
+        if what == "split":
             times.append(time.monotonic())
 
     convert(split_plan(result, fields), progress)

@@ -44,6 +44,8 @@ PHASES = {
 }
 """What the phases are called that have another name in the code."""
 PLAIN_INTERVAL_S = 5.0
+SLOWEST_S = 3600.0
+"""How long one layer may take for there still to be an estimate of the time left."""
 
 Format = Literal["auto", "human", "json", "quiet"]
 Report = Callable[[str, int, int], None]
@@ -177,6 +179,7 @@ def _bar(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        speed_estimate_period=SLOWEST_S,
     )
 
 
@@ -198,7 +201,8 @@ class _BarReport:
             self._bar.update(self._tasks[what], total=None)
             return
         seconds = max(time.monotonic() - self._since[what], 1e-3)
-        rate = f"{num_bytes(done / seconds)}/s" if what == "convert" else ""
+        rates = {"convert": f"{num_bytes(done / seconds)}/s", "split": f"layer {done} of {total}"}
+        rate = rates.get(what, "")
         self._bar.update(self._tasks[what], completed=done, total=total, rate=rate)
 
 
@@ -206,13 +210,16 @@ class _LineReport:
     """Prints a line when a phase begins, now and then while it runs, and when it ends."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._last = console, ("", 0.0)
+        self._console, self._last, self._began = console, ("", 0.0), 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         name, since = self._last
         now = time.monotonic()
         if name != what or now - since > PLAIN_INTERVAL_S or (done == total and total > 1):
-            self._console.print(f"{PHASES.get(what, what)}: {100 * done // max(total, 1)}%")
+            self._began = self._began if name == what else now
+            percent = f"{PHASES.get(what, what)}: {100 * done // max(total, 1)}%"
+            left = (now - self._began) * (total - done) / done if done else 0.0
+            self._console.print(f"{percent}, {left:.0f} s left" if left >= 1 else percent)
             self._last = (what, now)
 
 

@@ -182,8 +182,8 @@ def _write_tensors(
     progress: Progress,
 ) -> dict[str, str]:
     total = sum(spec.num_bytes for spec in plan.specs)
-    done = 0
-    for step, layer, tensors in lay_out(plan.layout, weights, make):
+    done, layers = 0, plan.layout.body.num_layers
+    for number, (step, layer, tensors) in enumerate(lay_out(plan.layout, weights, make)):
         names = [name for name, _ in tensors]
         if writer.skip_step(step, names):
             tensors = [(name, writer.written(name)) for name in names]
@@ -194,7 +194,10 @@ def _write_tensors(
             writer.finish_step(step)
         make.leave(layer, tensors)
         done += sum(weight.num_bytes for _, weight in tensors)
-        progress("convert", done, total)
+        if plan.recipe.carves:  # whose layers take long, however few bytes they have
+            progress("split", min(number, layers), layers)
+        else:
+            progress("convert", done, total)
     return writer.finish()
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator, FormatChecker
+from rich.console import Console
 
+from moe_convert.console import _LineReport
 from tests.conftest import Dense
 from tests.test_cli import invoke
 from tests.tools import edit_tensors
@@ -228,3 +232,18 @@ def test_nothing_private_is_written(dense: Dense, tmp_path: Path) -> None:
         for private in (SECRET, str(tmp_path), str(dense().parent), str(Path.home()), "/tmp/"):
             assert private not in text, (name, private)
     assert SECRET not in result.output
+
+
+def test_plain_progress_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 110.0, 120.0])
+    clock = SimpleNamespace(monotonic=lambda: next(times))
+    monkeypatch.setattr("moe_convert.console.time", clock)
+    out = io.StringIO()
+    report = _LineReport(Console(file=out))
+    for done in range(3):
+        report("split", done, 4)
+    assert out.getvalue().splitlines() == [
+        "split: 0%",
+        "split: 25%, 30 s left",
+        "split: 50%, 20 s left",
+    ]

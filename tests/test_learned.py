@@ -338,7 +338,7 @@ def test_seeds_decide_the_bytes_and_nothing_else_does(
     assert one == two != other
 
 
-@pytest.mark.parametrize(("phase", "at"), [("learn", 3), ("convert", 3)])
+@pytest.mark.parametrize(("phase", "at"), [("learn", 3), ("split", 3)])
 def test_an_interrupted_run_learns_nothing_twice(
     dense: Dense,
     tmp_path: Path,
@@ -355,7 +355,7 @@ def test_an_interrupted_run_learns_nothing_twice(
         calls.extend([done] if what == phase else [])
         if what == phase == "learn" and done == at - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        if what == phase == "convert" and len(calls) == at:
+        if what == phase == "split" and len(calls) == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

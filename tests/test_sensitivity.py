@@ -264,7 +264,7 @@ def stopped_at(steps: int) -> Callable[[str, int, int], None]:
     seen = list[int]()
 
     def progress(what: str, done: int, total: int) -> None:
-        seen.extend([done] if what == "convert" else [])
+        seen.extend([done] if what == "split" else [])
         if len(seen) == steps:
             raise KeyboardInterrupt
 

@@ -331,7 +331,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 
     def stop(what: str, done: int, total: int) -> None:
         """Stop behind the embedding, layer 0 and layer 1, which is not on the disk by then."""
-        steps.extend([done] if what == "convert" else [])
+        steps.extend([done] if what == "split" else [])
         if len(steps) == 3:
             raise KeyboardInterrupt
 
@@ -525,7 +525,7 @@ def test_states_on_disk_are_gone_after_an_error(
     dense: Dense, tmp_path: Path, split: dict[str, Any]
 ) -> None:
     def stop(what: str, done: int, total: int) -> None:
-        if what == "convert" and done:
+        if what == "split" and done:
             assert mapped()
             raise KeyboardInterrupt
 
@@ -563,3 +563,10 @@ def test_a_folder_for_states_that_takes_none_is_refused(
         planned(dense(), tmp_path / "out", **split, runtime__offload_dir=str(tmp_path / "none"))
     with pytest.raises(UsageError, match="has no effect"):
         planned(dense(), tmp_path / "out", runtime__offload_dir=str(tmp_path))
+
+
+def test_progress_goes_by_layers(dense: Dense, tmp_path: Path, split: dict[str, Any]) -> None:
+    seen = list[tuple[str, int, int]]()
+    convert(planned(dense(), tmp_path / "out", **split), lambda *report: seen.append(report))
+    reports = [(done, total) for what, done, total in seen if what in {"convert", "split"}]
+    assert reports == [(0, 3), (1, 3), (2, 3), (3, 3), (3, 3)]
