@@ -8,6 +8,7 @@ B texts · D head size · G key-value heads · H heads · S cached tokens · T t
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -75,12 +76,13 @@ def sample(
     taken = [[text.take(0) for text in texts]]
     never = torch.tensor(sorted(banned), dtype=torch.long, device=model.device)
     end_ids = torch.tensor(sorted(ends), dtype=torch.long, device=model.device)
-    uniform_BT, cache = uniform_BT.to(model.device), None
+    uniform_BT, cache, name = uniform_BT.to(model.device), None, _cache_name(model)
     with torch.inference_mode():
         for position in range(1, uniform_BT.shape[1]):
             ids_B1 = torch.tensor(taken[-1], device=model.device)[:, None]
-            out = model(input_ids=ids_B1, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values if position > 1 else _with_room(out.past_key_values)
+            given = {} if cache is None else {name: cache}
+            out = model(input_ids=ids_B1, use_cache=True, **given)
+            cache = getattr(out, name) if position > 1 else _with_room(getattr(out, name))
             logits_BV = out.logits[:, -1, :num_tokens].float()
             logits_BV[:, never] = -torch.inf
             fresh_B = torch.tensor([text.fresh for text in texts], device=model.device)
@@ -158,6 +160,12 @@ def _with_room(cache: Any) -> Any:
     return cache
 
 
+def _cache_name(model: PreTrainedModel) -> str:
+    """Return what a model calls its cache, in calls and results: transformers 5.24 renamed it."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def text_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     """Return what a text of so many tokens takes while it is written: its cache, and one's logits.
 
@@ -167,7 +175,7 @@ def text_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     with torch.inference_mode():
         out = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
     total: int = 4 * out.logits.numel() * out.logits.element_size()
-    for layer in getattr(out.past_key_values, "layers", ()):
+    for layer in getattr(getattr(out, _cache_name(model)), "layers", ()):
         for name, value in vars(layer).items():
             times = num_tokens if name in {"keys", "values"} else 1
             parts = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]

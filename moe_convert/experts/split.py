@@ -75,10 +75,13 @@ class Split(Method):
         return self.assigned(self.group(shape, layer, None, None), target, shape)
 
     def assigned(self, grouping: Grouping, target: MoeTarget, shape: MoeShape) -> Assignment:
-        """Return a grouping with the factors that make every chosen expert count once."""
+        """Return a grouping with the factors that make every chosen expert count once.
+
+        Neurons move in memory, wherever they were grouped.
+        """
         return Assignment(
-            routed_EN=grouping.routed_EN,
-            shared_N=grouping.shared_N,
+            routed_EN=grouping.routed_EN.cpu(),
+            shared_N=grouping.shared_N.cpu(),
             source_E=(0,) * shape.num_experts,
             routed_scale=outside_config(self.routed_scale(target, shape), target),
             shared_scale=1.0 / target.shared_weight,
