@@ -69,7 +69,9 @@ class Calibration(Node):
     enabled: bool | None = Field(None, description="null: for splits, where there is a GPU")
     train: tuple[Part, ...] | None = Field(None, description="router, experts, norms or all")
     objective: Objective | None = None
-    bias_update: float = Field(0.0, ge=0, description="loss-free balancing: step of the biases")
+    bias_update: float = Field(
+        0.0, ge=0, description="loss-free balancing: step of the biases, for scores of spread 0.2"
+    )
     dense_router: bool = Field(False, description="straight-through gradient from all experts")
     max_tokens: int | None = Field(None, ge=16, description="tokens to train on, repeats included")
     max_steps: int | None = Field(None, ge=1)

@@ -16,6 +16,9 @@ Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 NO_LABEL = -100
 CHUNK_BYTES = 1 << 26
 """Size of the fp32 copy of some tokens' logits that is held at once."""
+NOMINAL_SPREAD = 0.2
+"""Spread of scores for which a step of the biases holds as it is given: sigmoids of logits whose
+standard deviation is one."""
 
 
 def distillation(student_TV: torch.Tensor, teacher_TV: torch.Tensor) -> torch.Tensor:
@@ -74,14 +77,25 @@ def hidden_error(
     return (made_TD.float() - dense_TD).square().sum() / size.clamp(min=1e-12)
 
 
-def bias_step(counts_LE: torch.Tensor, rate: float) -> torch.Tensor:
-    """Return what to add to the selection biases: rate · sign(mean count - count), fp32 [L, E].
+def score_spread(logits_TE: torch.Tensor, sigmoid: bool) -> torch.Tensor:
+    """Return the standard deviation of a token's scores over the experts, the mean of all, fp32."""
+    logits_TE = logits_TE.float()
+    scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(dim=-1)
+    return scores_TE.std(dim=-1, correction=0).mean()
 
-    Loss-free balancing (Wang et al. 2024, arXiv 2408.15664): experts that got fewer tokens than
-    the mean are chosen a little more often from now on, and their weights do not change.
+
+def bias_step(counts_LE: torch.Tensor, spread_L: torch.Tensor, rate: float) -> torch.Tensor:
+    """Return what to add to the selection biases, fp32 [L, E].
+
+    Loss-free balancing (Wang et al. 2024, arXiv 2408.15664), rate · sign(mean count - count):
+    experts that got fewer tokens than the mean are chosen a little more often from now on, and
+    their weights do not change. Theirs is that for scores of `NOMINAL_SPREAD`; here the step keeps
+    its proportion to the spread of a layer's scores, since one that is large beside it replaces
+    most choices at once.
     """
     counts_LE = counts_LE.float()
-    return rate * (counts_LE.mean(dim=-1, keepdim=True) - counts_LE).sign()
+    step_L1 = rate * spread_L[:, None] / NOMINAL_SPREAD
+    return step_L1 * (counts_LE.mean(dim=-1, keepdim=True) - counts_LE).sign()
 
 
 def max_violation(counts_LE: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from moe_convert.losses import (
     max_violation,
     num_dead,
     router_z,
+    score_spread,
     straight_through,
 )
 
@@ -134,8 +135,15 @@ def test_chunks_give_value_and_gradient_of_the_whole(
 
 
 def test_bias_step_by_hand() -> None:
-    step = bias_step(torch.tensor([[4, 0, 2], [2, 2, 2]]), 0.5)
-    assert step.tolist() == [[-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
+    counts_LE = torch.tensor([[4, 0, 2], [2, 2, 2], [0, 1, 2]])
+    step = bias_step(counts_LE, torch.tensor([0.2, 0.2, 0.05]), 0.5)
+    expected = torch.tensor([[-0.5, 0.5, 0.0], [0.0, 0.0, 0.0], [0.125, 0.0, -0.125]])
+    torch.testing.assert_close(step, expected)
+
+
+def test_spread_of_scores_by_hand() -> None:
+    assert score_spread(torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log(), False) == pytest.approx(0.125)
+    assert score_spread(torch.tensor([[3.0, 1.0]]).log(), True) == pytest.approx(0.125)
 
 
 def test_violation_and_dead_experts_by_hand() -> None:

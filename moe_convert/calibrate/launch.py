@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import moe_convert.errors as errors
+from moe_convert.calibrate.alone import outlived
 from moe_convert.errors import MoeConvertError, UsageError
 from moe_convert.manifest import CalibrationReport
 
@@ -23,6 +29,7 @@ COUNTS = {
 }
 NODES = {"accelerate": None, "torchrun": r"--nnodes(?:=(\d+))?$"}
 """How a launcher is told of processes; accelerate counts those of all machines."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def asked_for(launcher: str, arguments: Sequence[str]) -> int:
@@ -64,16 +71,57 @@ def launched(job: Path, launcher: str, arguments: Sequence[str], watch: str) -> 
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         worker = ["-m", "moe_convert.calibrate.worker", str(job), str(answer), watch]
-        command = [sys.executable, "-m", LAUNCHERS[launcher], *arguments, *worker]
-        code = subprocess.run(command, check=False).returncode  # noqa: S603
+        with outlived(job):
+            code, stopped = _run([sys.executable, "-m", LAUNCHERS[launcher], *arguments, *worker])
         if not answer.is_file():
-            raise MoeConvertError(f"{launcher} ended with code {code} before the work was done.")
+            if stopped:
+                raise KeyboardInterrupt
+            raise MoeConvertError(
+                f"{launcher} ended with code {code} before the work was done.",
+                "What it and its processes said is above; --resume goes on at the last checkpoint.",
+            )
         found = json.loads(answer.read_text(encoding="utf-8"))
     if found.get("interrupted"):
         raise KeyboardInterrupt
     if "error" in found:
         raise _error(found["error"])
     return CalibrationReport.model_validate(found["report"])
+
+
+def _run(command: list[str]) -> tuple[int, bool]:
+    """Run a launcher to its end; return its exit code and whether a signal asked to stop.
+
+    It gets a session of its own, and every signal once: those of a terminal would reach workers
+    twice, and a second one breaks a step.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    asked = threading.Event()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    with _handled(pass_on):
+        started.append(subprocess.Popen(command, start_new_session=True))  # noqa: S603
+        if asked.is_set():
+            started[0].terminate()
+        return started[0].wait(), asked.is_set()
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Give the signals that stop a process to a handler, where that can be done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _error(found: dict[str, str]) -> MoeConvertError:

@@ -48,6 +48,7 @@ class Step:
         self._rows_BT, self._section = rows_BT, job.section
         self.weights = job.section.objective.terms if job.section.objective else {}
         self._no_logits = _no_logits(models.student)
+        self._spreads: list[torch.Tensor] = []
         if job.section.bias_update:
             models.biases = selection_biases(models.student)
 
@@ -115,6 +116,8 @@ class Step:
         watch = self.models.watch
         with watch.recording(), torch.set_grad_enabled(bool(self.weights)):
             logits_BTV = self.models.wrapped(input_ids=ids_BT, use_cache=False).logits
+        if self.models.biases:
+            self._spreads.append(watch.spread())
         return logits_BTV.flatten(0, 1), watch.counts()
 
     def _terms(
@@ -145,7 +148,9 @@ class Step:
         """Move the selection biases, where the section asks for it."""
         if not self.models.biases:
             return
-        step_LE = bias_step(counts_LE, self._section.bias_update)
+        spread_L = self._accelerator.reduce(torch.stack(self._spreads).mean(dim=0), "mean")
+        self._spreads.clear()
+        step_LE = bias_step(counts_LE, spread_L, self._section.bias_update)
         for (_, bias), step_E in zip(self.models.biases, step_LE, strict=True):
             with torch.no_grad():
                 bias += step_E.to(bias.device).view_as(bias)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe_convert.calibrate.models import modules_of
-from moe_convert.losses import straight_through
+from moe_convert.losses import score_spread, straight_through
 from moe_convert.targets import MoeTarget
 
 if TYPE_CHECKING:
@@ -117,6 +117,13 @@ class Watch:
         marks_LTE = torch.zeros(shape, dtype=torch.bool, device=chosen_LTK.device)
         marks_LTE.scatter_(2, chosen_LTK, True)
         return marks_LTE[..., : self.num_experts].sum(dim=1, dtype=torch.float32)
+
+    def spread(self) -> torch.Tensor:
+        """Return how far apart a token's scores lie in the recorded pass, fp32 [L]."""
+        sigmoid = self.target.scoring == "sigmoid"
+        with torch.no_grad():
+            found = [score_spread(logits_TE, sigmoid) for logits_TE in self.logits]
+        return torch.stack(found)
 
     def forget(self) -> None:
         """Let go of what was recorded."""

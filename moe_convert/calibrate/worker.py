@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from moe_convert.calibrate.alone import share
 from moe_convert.calibrate.job import load_job
 from moe_convert.calibrate.panel import watcher
 from moe_convert.calibrate.run import run
@@ -23,6 +24,11 @@ from moe_convert.errors import MoeConvertError
 def main(arguments: list[str]) -> int:
     """Do the job and return an exit code."""
     job_path, answer, watch = Path(arguments[0]), Path(arguments[1]), arguments[2]
+    with share(job_path):
+        return _work(job_path, answer, watch)
+
+
+def _work(job_path: Path, answer: Path, watch: str) -> int:
     job, ids_BT = load_job(job_path)
     is_main = os.environ.get("RANK", "0") == "0"
     found: dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable
@@ -82,25 +83,27 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
 @options
 def calibrate(output: Output, model: Path, arguments: list[str], values: dict[str, Any]) -> None:
     """Train routers, experts or all of a result on a few tokens; an interrupted run goes on."""
+    from moe_convert.calibrate.alone import alone
     from moe_convert.calibrating import Processes, calibrate_folder, calibration_request
 
     is_main = os.environ.get("RANK", "0") == "0"
     launcher = values["launcher"] or "none"
     processes = Processes(launcher, tuple(arguments))
-    with output.progress() as progress:
-        request = calibration_request(
-            model,
-            changes_from(values, _names()),
-            values["recipe"],
-            source=values["source"],
-            token=values["token"],
-            resume=values["resume"] is not False,
-            processes=processes,
-            progress=progress,
+    with alone(model) if is_main else contextlib.nullcontext():
+        with output.progress() as progress:
+            request = calibration_request(
+                model,
+                changes_from(values, _names()),
+                values["recipe"],
+                source=values["source"],
+                token=values["token"],
+                resume=values["resume"] is not False,
+                processes=processes,
+                progress=progress,
+            )
+        report = calibrate_folder(
+            request, processes, output.err, show=is_main and output.human and output.show_progress
         )
-    report = calibrate_folder(
-        request, processes, output.err, show=is_main and output.human and output.show_progress
-    )
     if is_main:
         show_report(output, model, report)
 
@@ -112,13 +115,14 @@ def calibrate_result(output: Output, plan: Plan, manifest: Manifest) -> Manifest
         VerificationError: it diverged or missed a gate.
         InterruptedByUser: a checkpoint has been written.
     """
+    from moe_convert.calibrate.alone import alone
     from moe_convert.calibrating import calibrate_plan, calibrates, require_gates
     from moe_convert.manifest import load_manifest
 
     if not calibrates(plan):
         return manifest
     show = output.human and output.show_progress
-    with output.progress() as progress:
+    with alone(plan.output), output.progress() as progress:
         report = calibrate_plan(plan, output.err, show=show, progress=progress)
     require_gates(report, plan.output)
     return load_manifest(plan.output)
