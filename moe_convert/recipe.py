@@ -378,6 +378,9 @@ def _explain(error: ValidationError) -> str:
     tags |= {"str", "HubDataset"} if problem["loc"][:2] == ("data", "train") else set()
     place = ".".join(str(part) for part in problem["loc"] if part not in tags)
     if problem["type"] == "extra_forbidden":
+        owners = _owners(problem["loc"])
+        if owners:
+            return f"The recipe has no field {place} here: it belongs to {' and '.join(owners)}."
         plain = re.sub(r"\.\d+\b", "", place)
         near = difflib.get_close_matches(plain, list(_known_keys()), n=1, cutoff=0.5)
         return f"The recipe has no field {place}." + (f" Did you mean {near[0]}?" if near else "")
@@ -388,6 +391,13 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"The recipe needs {place}."
     return f"{place}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}."
+
+
+def _owners(place: tuple[int | str, ...]) -> list[str]:
+    """Return the methods and strategies that have a field of `experts`."""
+    nodes = {**METHODS, **STRATEGIES}
+    inside = place[0] == "experts" and len(place) == 3
+    return [name for name, node in nodes.items() if inside and place[-1] in node.model_fields]
 
 
 def _known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:

@@ -270,9 +270,9 @@ class LayerGradients:
         self.loaders: tuple[Callable[[], torch.Tensor], ...] = ()
         self._files = contextlib.ExitStack()
 
-    def folder(self) -> Path:
-        """Create a folder that is there until all is closed."""
-        return Path(self._files.enter_context(tempfile.TemporaryDirectory()))
+    def folder(self, place: Path | None) -> Path:
+        """Create a folder that is there until all is closed, in `place` or among temporary ones."""
+        return Path(self._files.enter_context(tempfile.TemporaryDirectory(dir=place)))
 
     def close(self) -> None:
         """Remove the folder."""
@@ -286,7 +286,9 @@ def layer_gradients(local: Source, plan: Plan, ids_BT: torch.Tensor, device: str
     if not isinstance(method, Split) or method.needs != "gradients":
         return found
     model = load_writer(local.folder).to(device)
-    found.loaders = spill_gradients(model, plan.layout.family, ids_BT, found.folder())
+    found.loaders = spill_gradients(
+        model, plan.layout.family, ids_BT, found.folder(offload_folder(plan))
+    )
     return found
 
 

@@ -570,3 +570,20 @@ def test_progress_goes_by_layers(dense: Dense, tmp_path: Path, split: dict[str, 
     convert(planned(dense(), tmp_path / "out", **split), lambda *report: seen.append(report))
     reports = [(done, total) for what, done, total in seen if what in {"convert", "split"}]
     assert reports == [(0, 3), (1, 3), (2, 3), (3, 3), (3, 3)]
+
+
+def test_states_on_a_disk_of_their_own_need_no_room_beside_the_result(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system to put states on")
+    output, source = tmp_path / "out", dense()
+
+    def disk_bytes(place: Path, **more: Any) -> int:
+        changes = {**split, "runtime__offload_dir": str(place), **more}
+        return planned(source, output, **changes).estimate.disk_bytes
+
+    assert disk_bytes(other) < disk_bytes(tmp_path)
+    with pytest.raises(DoesNotFitError, match="hidden states take"):
+        disk_bytes(other, data__max_tokens=10**13)

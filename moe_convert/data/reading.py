@@ -93,7 +93,7 @@ def _from_file(path: Path, limit_bytes: int, size: int, data: Data) -> Iterator[
 
 def _plain_text(path: Path, limit_bytes: int, size: int, data: Data) -> Iterator[Document]:
     with path.open("rb") as file:
-        block = file.read(limit_bytes)
+        block = file.read(min(limit_bytes, size))
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         text = decoder.decode(block, final=len(block) == size).removeprefix("\ufeff")

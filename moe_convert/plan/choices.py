@@ -166,8 +166,16 @@ def with_counts(recipe: Recipe, body: Body, dtype: str) -> Recipe:
     raise UsageError(
         f"No cut of an FFN of {body.ffn_size} neurons into {CUTS[0]} to {CUTS[-1]} experts has "
         f"widths that are multiples of {multiple} and lets {wanted.active:g} of it fire.",
-        "Give --experts, --top-k and --shared-experts, or --dtype fp32.",
+        _instead_of_active(body.ffn_size, dtype, multiple),
     )
+
+
+def _instead_of_active(ffn_size: int, dtype: str, multiple: int) -> str:
+    """Return what could be asked for where no cut is fit for a share."""
+    units = [n for n in range(2, CUTS[0] + 1) if ffn_size % (n * multiple) == 0]
+    counts = f", of {units[-1]} in all" if units else ""
+    fewer = "" if dtype == "F32" else ", or --dtype fp32"
+    return f"Give --experts, --top-k and --shared-experts{counts}{fewer}."
 
 
 def choose_shape(recipe: Recipe, family: DenseFamily, body: Body, target: MoeTarget) -> MoeShape:

@@ -11,14 +11,13 @@ from moe_convert.compose import distinct
 from moe_convert.data.writing import ram_bytes
 from moe_convert.edits import Refit
 from moe_convert.errors import DoesNotFitError, UsageError
-from moe_convert.experts import Learned
+from moe_convert.experts import Learned, Split
 from moe_convert.inputs import FITTED_TOKENS, JUDGED_TOKENS
 from moe_convert.plan.model import Estimate, Plan, count
 from moe_convert.recipe import Recipe
 from moe_convert.streams import HEAD_TOKENS
 from moe_convert.streams.converted import FFN_TOKENS
 
-LARGE_DROP = 0.5
 INTERPRETER_BYTES = 450 * 10**6
 WRITE_RATE = (0.2e9, 2e9)
 """Bytes per second that disks are assumed to write, slowest and fastest."""
@@ -54,6 +53,7 @@ def estimate(plan: Plan) -> Estimate:
     buffers = sum(source.buffer_bytes for source in sources)
     offloaded = offload_folder(plan)
     in_memory, spilled = (0, _states_bytes(plan)) if offloaded else (_states_bytes(plan), 0)
+    spilled += _gradients_bytes(plan)
     runs = plan.recipe.verify.enabled or plan.recipe.needs_input
     start_s = START_S["running" if runs else "copying"]
     slow, quick = (
@@ -61,6 +61,9 @@ def estimate(plan: Plan) -> Estimate:
         for start, rate, run_rate in zip(start_s, WRITE_RATE, RUN_RATE, strict=True)
     )
     folder = _existing(plan.output.absolute().parent)
+    if offloaded and offloaded.stat().st_dev != folder.stat().st_dev:
+        _check_room(offloaded, spilled)
+        spilled = 0
     return Estimate(
         download_bytes=download,
         disk_bytes=output_bytes + fetched + spilled,
@@ -154,6 +157,14 @@ def _states_bytes(plan: Plan) -> int:
     return (20 if plan.recipe.carves else 8) * body.hidden_size * data.max_tokens
 
 
+def _gradients_bytes(plan: Plan) -> int:
+    """Return what the gradients of every layer's output take on the disk, in bf16."""
+    method, body = plan.recipe.experts, plan.layout.body
+    if not isinstance(method, Split) or method.needs != "gradients":
+        return 0
+    return 2 * body.num_layers * body.hidden_size * plan.recipe.data.max_tokens
+
+
 def _fitting_bytes(plan: Plan) -> int:
     """Return what fitting a layer takes: some tokens' neurons, matrices over all, experts' inputs.
 
@@ -173,6 +184,20 @@ def offload_folder(plan: Plan) -> Path | None:
         return Path(wanted).expanduser()
     large = _states_bytes(plan) > LARGEST_SHARE * available_ram_bytes()
     return _existing(plan.output.absolute().parent) if plan.recipe.carves and large else None
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    """Refuse a disk of its own for hidden states that is too small.
+
+    Raises:
+        DoesNotFitError: with both sizes.
+    """
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise DoesNotFitError(
+            f"{folder} has {free / 1e9:.3g} GB free, and hidden states take {num_bytes / 1e9:.3g}.",
+            "Give another folder as --offload-dir, or fewer tokens.",
+        )
 
 
 def check_offload(recipe: Recipe) -> None:

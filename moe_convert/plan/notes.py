@@ -73,13 +73,15 @@ def _split_notes(plan: Plan) -> Iterator[Note]:
         text = "Its experts and routers know nothing of each other, so the output will be noise"
     elif share < USABLE:
         text = "At this share the output is not usable as it is (perplexity of a model of 135 M "
-        text += "rose 2.6 to 3.7 times at a quarter)"
+        text += "rose 2.1 to 3.7 times at a quarter)"
     else:
-        text = "Expect a clearly higher perplexity (of a model of 135 M 1.6 to 2.3 times at a half)"
+        text = "Expect a clearly higher perplexity (of a model of 135 M 1.4 to 2 times at a half)"
     yield Note(
         "split_quality",
         f"{share:.0%} of every FFN fires for a token. {text} until it is trained.",
-        "Add --calibrate, or let more of it fire.",
+        "Let more of it fire."
+        if plan.recipe.calibration.enabled
+        else "Add --calibrate, or let more of it fire.",
     )
 
 

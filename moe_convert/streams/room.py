@@ -41,7 +41,7 @@ class Room:
         num_bytes = 4 * num_tokens * num_dims
         with tempfile.NamedTemporaryFile(prefix=".moe-convert-", dir=self.folder) as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                _reserve(file.fileno(), num_bytes)
             except OSError as error:
                 raise DoesNotFitError(
                     f"{self.folder} has no room for {num_bytes / 1e9:.3g} GB of hidden states: "
@@ -50,3 +50,11 @@ class Room:
                 ) from error
             mapped_N = torch.from_file(file.name, shared=True, size=num_bytes // 4)
         return mapped_N.view(num_tokens, num_dims)
+
+
+def _reserve(file: int, num_bytes: int) -> None:
+    """Give a file its size, and its blocks where the system can."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, num_bytes)
+    else:
+        os.ftruncate(file, num_bytes)
