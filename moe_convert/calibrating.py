@@ -19,6 +19,7 @@ from moe_convert.errors import (
     VerificationError,
 )
 from moe_convert.manifest import CalibrationReport, load_manifest
+from moe_convert.provenance import local_data
 from moe_convert.recipe import Recipe, build_recipe, load_recipe
 from moe_convert.runtime import chosen_device
 
@@ -86,12 +87,12 @@ def calibration_request(
     from moe_convert.calibrate.job import Request
 
     count = (processes or Processes()).count
-    recover(folder)
     made = load_manifest(folder).recipe
     if recipe_name:
         recipe = load_recipe(recipe_name, {"source.model": made["source"]["model"], **changes})
     else:
         recipe = build_recipe(_without_local_data(made), changes)
+        _check_data(made, recipe)
     return Request(
         folder=folder,
         source=_dense(Recipe.model_validate(made), source, token),
@@ -109,6 +110,20 @@ def _without_local_data(recipe: dict[str, Any]) -> dict[str, Any]:
     data = recipe.get("data", {})
     local = isinstance(data.get("train"), str) and data["train"] != "self"
     return {**recipe, "data": {**data, "train": None}} if local else recipe
+
+
+def _check_data(made: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse to train on another text than that of the conversion where nobody asked for it.
+
+    Raises:
+        UsageError: it is a local one, whose place was not recorded, and none was given.
+    """
+    before = Recipe.model_validate(made)
+    if recipe.data.train is None and local_data(before):
+        raise UsageError(
+            f"{before.data.name} is recorded by its name only, not by where it is.",
+            "Give it, or another text, with --data; --data self for what the dense model writes.",
+        )
 
 
 def _dense(recipe: Recipe, model: str | None, token: str | None) -> Source:
@@ -133,6 +148,9 @@ def calibrate_folder(
 ) -> CalibrationReport:
     """Train a folder as requested; `show` draws progress on the console.
 
+    Where an earlier run was killed while it put the trained weights in their places, this is
+    finished instead, and its report returned.
+
     Raises:
         UsageError: a setting cannot work, or the data cannot be read.
         VerificationError: the run diverged; the weights are those of the start.
@@ -143,6 +161,8 @@ def calibrate_folder(
     from moe_convert.calibrate.panel import watcher
     from moe_convert.calibrate.run import run
 
+    if _finished(request, processes) and request.resume:
+        return _earlier(request, console, show=show)
     if processes.started:
         _wait_for_main(request)
     job, ids_BT = prepare(request)
@@ -156,6 +176,31 @@ def calibrate_folder(
     if os.environ.get("RANK", "0") == "0":
         refresh_card(request.folder, load_manifest(request.folder))
     return report
+
+
+def _finished(request: Request, processes: Processes) -> bool:
+    """Finish what an earlier run was killed in; return, in every process, whether it was so."""
+    if not processes.started:
+        return recover(request.folder)
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState(cpu=chosen_device(request.device) == "cpu")
+    found = [state.is_main_process and recover(request.folder)]
+    return bool(broadcast_object_list(found)[0])
+
+
+def _earlier(request: Request, console: Console, *, show: bool) -> CalibrationReport:
+    """Return the report of a run whose result is in place only now."""
+    from moe_convert.calibrate.panel import watcher
+
+    with watcher(console, show=show) as watching:
+        watching.phase("an earlier run had trained it and was killed while writing: finished now")
+    manifest = load_manifest(request.folder)
+    if os.environ.get("RANK", "0") == "0":
+        refresh_card(request.folder, manifest)
+    assert manifest.calibration is not None
+    return manifest.calibration
 
 
 def calibrates(plan: Plan) -> bool:

@@ -59,6 +59,7 @@ class Guards(Node):
     """When a run counts as failed: exit code 5, and the weights stay those of the start."""
 
     max_loss_ratio: float = Field(3.0, gt=1, description="loss over that of the first step")
+    max_ppl_rise: float = Field(3.0, gt=1, description="perplexity over that before the training")
     max_ppl_ratio: float | None = Field(None, gt=0, description="perplexity over the dense model's")
     max_dead_share: float | None = Field(None, ge=0, le=1, description="dead experts of all")
 
@@ -90,7 +91,9 @@ class Calibration(Node):
     parallel: Literal["replicate", "fsdp", "experts"] = Field(
         "replicate", description="on several processes: what each of them holds"
     )
-    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    save_every: int = Field(
+        200, ge=1, description="steps between checkpoints; there is one every five minutes as well"
+    )
     keep: int = Field(2, ge=1, description="checkpoints that are kept")
     early_stop: EarlyStop = EarlyStop()
     guards: Guards = Guards()

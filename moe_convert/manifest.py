@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moe_convert import __version__
-from moe_convert.errors import SourceError
+from moe_convert.errors import SourceError, VerificationError
 
 MANIFEST_NAME = "moe_convert.json"
 SCHEMA: Final = "moe-convert/manifest/1"
@@ -192,7 +192,10 @@ class Measured(Model):
 
 
 class CalibrationReport(Model):
-    """What the last calibration did; losses are those of a step, the weighted terms added up."""
+    """What the last calibration did; losses are those of a step, the weighted terms added up.
+
+    `settings` are the recipe's sections `calibration` and `data` as the run resolved them.
+    """
 
     steps: int
     tokens: int
@@ -200,7 +203,6 @@ class CalibrationReport(Model):
     loss_last: float
     stopped_early: bool = False
     resumed_from: int | None = None
-    checkpoint: str | None = None
     trained: list[str]
     trained_params: int
     objective: dict[str, float]
@@ -209,6 +211,7 @@ class CalibrationReport(Model):
     before: Measured
     after: Measured
     failures: list[str] = Field(default_factory=list)
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class Warning_(Model):
@@ -220,7 +223,10 @@ class Warning_(Model):
 
 
 class Manifest(Model):
-    """The whole file."""
+    """The whole file; `recipe` made the folder, which `earlier` calibrations trained and the last.
+
+    `exact` says that the function is the dense one, up to rounding.
+    """
 
     schema_id: Literal["moe-convert/manifest/1"] = Field(SCHEMA, alias="schema")
     state: Literal["converted", "verified", "calibrated", "failed"] = "converted"
@@ -235,15 +241,35 @@ class Manifest(Model):
     split: SplitReport | None = None
     sensitivity: Sensitivity | None = None
     calibration: CalibrationReport | None = None
+    earlier: list[CalibrationReport] = Field(default_factory=list)
     warnings: list[Warning_] = Field(default_factory=list)
     versions: dict[str, str]
     hardware: dict[str, str]
     engines: dict[str, list[str]] = Field(default_factory=dict)
     card_sha256: str | None = None
 
+    @property
+    def trainings(self) -> list[CalibrationReport]:
+        """Every calibration, in their order."""
+        return [*self.earlier, self.calibration] if self.calibration else []
+
     def as_json(self) -> str:
         """Return the text of the file."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    def checked_json(self) -> str:
+        """Return the text of the file, which has been read again.
+
+        Raises:
+            VerificationError: a figure is not finite, which JSON has no word for.
+        """
+        text = self.as_json()
+        try:
+            Manifest.model_validate_json(text)
+        except ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            raise VerificationError(f"{where} is not finite, so nothing was written.") from error
+        return text
 
     def save(self, folder: Path) -> None:
         """Write the manifest into a folder, all or nothing."""

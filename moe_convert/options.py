@@ -318,7 +318,7 @@ CHOICES: dict[str, Choice] = {
         ("calibration.save_every",),
         int,
         "--save-every",
-        "Steps between checkpoints (default: 200).",
+        "Steps between checkpoints (default: 200, and after five minutes at the latest).",
         "Calibration",
     ),
     "tracker": Choice(

@@ -151,6 +151,12 @@ def unnamed(manifest: Manifest, recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "--data", recipe.data.name
 
 
+def calibrations(manifest: Manifest) -> Iterator[Recipe]:
+    """Yield the recipe of every calibration in its order, with all that it resolved."""
+    for report in manifest.trainings:
+        yield Recipe.model_validate({**manifest.recipe, **report.settings})
+
+
 def local_data(recipe: Recipe) -> bool:
     """Whether a recipe's text is a file or a glob, of which a manifest keeps the last part only."""
     data = recipe.data

@@ -14,6 +14,7 @@ from moe_convert.experts import Compose
 from moe_convert.manifest import Manifest, SourceInfo, load_manifest, versions
 from moe_convert.plan import Plan, check_fits, make_plan
 from moe_convert.provenance import (
+    calibrations,
     differing,
     expert_files,
     files_of,
@@ -21,7 +22,7 @@ from moe_convert.provenance import (
     named_only,
     unnamed,
 )
-from moe_convert.recipe import Recipe, load_recipe
+from moe_convert.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -89,26 +90,16 @@ def reproduce(
     if target.exists():
         raise OutputExistsError(f"{target} exists already.", "Choose another name with -o.")
     places = places or Places()
-    recipe = recipe_again(manifest, _converted_by(folder, manifest), places, target)
+    recipe = recipe_again(manifest, Recipe.model_validate(manifest.recipe), places, target)
+    trained = [recipe_again(manifest, one, places, target) for one in calibrations(manifest)]
     plan = make_plan(recipe, token)
     check_output(plan)
     check_fits(plan, force=False)
     _check_sources(manifest, plan)
     made = convert(plan, progress)
-    if manifest.calibration is not None:
-        made = _calibrated(manifest, plan, places, target, progress)
+    for one in trained:
+        made = _calibrated(one, plan, target, progress)
     return compare(folder, manifest, target, made)
-
-
-def _converted_by(folder: Path, manifest: Manifest) -> Recipe:
-    """Return the recipe of the conversion: that beside the weights, if they were trained since.
-
-    A calibration records its own data in the manifest, which then no longer has the conversion's.
-    """
-    path = folder / RECIPE_NAME
-    if manifest.calibration is not None and path.is_file():
-        return load_recipe(str(path))
-    return Recipe.model_validate(manifest.recipe)
 
 
 def recipe_again(manifest: Manifest, recipe: Recipe, places: Places, output: Path) -> Recipe:
@@ -135,14 +126,11 @@ def recipe_again(manifest: Manifest, recipe: Recipe, places: Places, output: Pat
     return recipe.model_copy(update=changes)
 
 
-def _calibrated(
-    manifest: Manifest, plan: Plan, places: Places, output: Path, progress: Progress
-) -> Manifest:
+def _calibrated(recipe: Recipe, plan: Plan, output: Path, progress: Progress) -> Manifest:
     """Train the new folder as the old one was, on this process."""
     from moe_convert.calibrate.job import Request, prepare
     from moe_convert.calibrate.run import run
 
-    recipe = recipe_again(manifest, Recipe.model_validate(manifest.recipe), places, output)
     request = Request(
         folder=output,
         source=plan.source.fetch(),

@@ -6,7 +6,6 @@ B rows · T tokens
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,13 @@ from pydantic import BaseModel, ConfigDict
 
 from moe_convert.calibrate.models import target_of
 from moe_convert.calibration import STEP_TOKENS, Calibration, Made, check, resolved
-from moe_convert.checkpoint import Source, read_folder
+from moe_convert.checkpoint import Source, read_folder, sha256_of
 from moe_convert.checkpoint.replace import WORK, recover
 from moe_convert.checkpoint.source import read_config
 from moe_convert.data import Data, SelfWriter, token_ids
 from moe_convert.errors import UsageError
 from moe_convert.manifest import Manifest, load_manifest
+from moe_convert.provenance import content_sha256, files_of
 from moe_convert.recipe import Recipe
 from moe_convert.runtime import chosen_device
 
@@ -109,7 +109,12 @@ def prepare(request: Request) -> tuple[Job, torch.Tensor]:
         SourceError: the folder was not written by moe-convert.
     """
     folder, device = request.folder, chosen_device(request.device)
-    recover(folder)
+    if recover(folder):
+        raise UsageError(
+            f"An earlier calibration of {folder} was killed while it put the trained weights in "
+            "place, which is done now.",
+            "Calibrate again only to train it further.",
+        )
     manifest = load_manifest(folder)
     made = _made(folder, manifest)
     section = resolved(request.section, made, gpu=device == "cuda")
@@ -121,8 +126,8 @@ def prepare(request: Request) -> tuple[Job, torch.Tensor]:
     vocab_size = int(_text_config(folder)["vocab_size"])
     writer = SelfWriter(request.source, request.progress, request.device)
     ids_BT = token_ids(data, request.source.folder, vocab_size, writer)
-    rows = _rows(section, ids_BT.shape[1], request.world_size)
-    num_held = min(HELD_ROWS, -(-len(ids_BT) // HELD_SHARE), len(ids_BT) - 1)
+    num_held = _held(ids_BT)
+    rows = _rows(section, ids_BT[num_held:], request.world_size)
     steps = max(1, section.max_tokens // (rows * ids_BT.shape[1]))
     assert request.source.folder is not None
     job = Job(
@@ -130,7 +135,9 @@ def prepare(request: Request) -> tuple[Job, torch.Tensor]:
         dense=request.source.folder,
         section=section,
         data=data.public,
-        fingerprint=_fingerprint(manifest, section, rows, ids_BT),
+        fingerprint=_fingerprint(
+            manifest, section, rows, ids_BT, _teacher(request.source, section)
+        ),
         steps=min(steps, section.max_steps or steps),
         batch_size=rows,
         num_held=num_held,
@@ -187,15 +194,30 @@ def _text_config(folder: Path) -> dict[str, Any]:
     return dict(config.get("text_config", config))
 
 
-def _rows(section: Calibration, width: int, world_size: int) -> int:
+def _held(ids_BT: torch.Tensor) -> int:
+    """Return how many rows are kept to measure on.
+
+    Raises:
+        UsageError: there is but one.
+    """
+    if len(ids_BT) == 1:
+        raise UsageError(
+            f"The data gives one row of {ids_BT.shape[1]} tokens, and there must be others to "
+            "measure on.",
+            "Use more text, or a smaller --seq-len.",
+        )
+    return min(HELD_ROWS, -(-len(ids_BT) // HELD_SHARE))
+
+
+def _rows(section: Calibration, train_BT: torch.Tensor, world_size: int) -> int:
     """Return the rows of one step: a multiple of the parts that processes cut it into.
 
     Raises:
-        UsageError: the number given is none.
+        UsageError: the number given is none, or more than the data has to train on.
     """
-    parts = world_size * section.grad_accum
+    (num_rows, width), parts = train_BT.shape, world_size * section.grad_accum
     assert section.max_tokens is not None
-    usual = max(1, min(STEP_TOKENS, section.max_tokens) // width)
+    usual = min(max(1, min(STEP_TOKENS, section.max_tokens) // width), num_rows)
     rows = section.batch_size or -(-usual // parts) * parts
     if rows % parts:
         raise UsageError(
@@ -203,19 +225,31 @@ def _rows(section: Calibration, width: int, world_size: int) -> int:
             f"{section.grad_accum} accumulated parts.",
             f"Use a multiple of {parts} for --batch-size.",
         )
+    if rows > num_rows:
+        raise UsageError(
+            f"A step would have {rows} rows, and the data gives {num_rows} of {width} tokens to "
+            "train on.",
+            "Use more text, a larger --max-tokens, or a smaller --batch-size or --seq-len.",
+        )
     return rows
 
 
-def _fingerprint(manifest: Manifest, section: Calibration, rows: int, ids_BT: torch.Tensor) -> str:
+def _teacher(source: Source, section: Calibration) -> str:
+    """Return what tells the dense source from others; nothing where it does not teach."""
+    assert section.objective is not None
+    if not {"distill", "hidden"} & section.objective.terms.keys():
+        return ""
+    files = {name: sha256_of(path) for name, path in files_of(source).items()}
+    return source.sha or content_sha256(files) or ""
+
+
+def _fingerprint(
+    manifest: Manifest, section: Calibration, rows: int, ids_BT: torch.Tensor, teacher: str
+) -> str:
     """Return a hash of everything that decides the result, the number of processes aside."""
     weights = [f.sha256 for f in manifest.target.files if f.path.endswith(".safetensors")]
     settings = section.model_dump_json(exclude=set(NO_EFFECT))
-    parts = [settings, str(rows), str(tuple(ids_BT.shape)), *weights]
+    parts = [settings, str(rows), str(tuple(ids_BT.shape)), teacher, *weights]
     digest = hashlib.sha256("\n".join(parts).encode())
     digest.update(ids_BT.numpy().tobytes())
     return digest.hexdigest()
-
-
-def world_size() -> int:
-    """Return how many processes a launcher says there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

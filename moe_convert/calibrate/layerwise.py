@@ -17,10 +17,8 @@ from moe_convert.calibrate.models import load, load_teacher, target_of
 from moe_convert.calibrate.report import Watcher
 from moe_convert.calibrate.trackers import logged
 from moe_convert.calibrate.watch import Watch
-from moe_convert.calibrate.write_back import failures, write_back
-from moe_convert.errors import VerificationError
+from moe_convert.calibrate.write_back import clearing, failures, judge_result, write_back
 from moe_convert.manifest import CalibrationReport, Measured
-from moe_convert.training import state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,16 +29,13 @@ def run_hidden(
 ) -> CalibrationReport:
     """Train layer by layer; whole models are in memory only while they are measured."""
     check_hidden(job)
-    rows_BT, held_BT = ids_BT[: len(ids_BT) - job.num_held], ids_BT[-max(job.num_held, 1) :]
+    rows_BT, held_BT = ids_BT[: -job.num_held], ids_BT[-job.num_held :]
     before = _measured(job, held_BT, {}, accelerator, watcher, "before")
-    with logged(job, accelerator, watcher) as tell:
-        try:
+    with clearing(job, accelerator):
+        with logged(job, accelerator, watcher) as tell:
             done = train_hidden(job, rows_BT, accelerator, tell)
-        except VerificationError:
-            if accelerator.is_main_process:
-                state.clear(job.folder)
-            raise
-    after = _measured(job, held_BT, done.tensors, accelerator, watcher, "after")
+        after = _measured(job, held_BT, done.tensors, accelerator, watcher, "after")
+        judge_result(job, before, after, done.tensors.values())
     assert job.section.objective is not None
     report = CalibrationReport(
         steps=len(done.first) * job.steps,

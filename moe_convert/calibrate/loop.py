@@ -5,10 +5,8 @@ B rows · T tokens
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
 SMOOTHING = 0.9
 MIN_LOSS = 0.1
 """Nats below which a first loss is not taken as the measure of a diverging one."""
+SAVE_S = 300.0
+"""Seconds after which a checkpoint is due, however few steps they were."""
 
 
 class Loop:
@@ -46,33 +46,46 @@ class Loop:
         self._step = Step(job, rows_BT, models, accelerator)
         self.position = state.Position(fingerprint=job.fingerprint)
         self.resumed_from: int | None = None
-        self.stopped_early = False
-        self.last_loss = math.nan
         found = state.latest(job.folder, job.fingerprint) if job.resume else None
         if found:
-            self.position, tensors = found
-            self.resumed_from = self.position.step
-            models.stepper.restore(tensors)
-            for name, bias in models.biases:
+            self._resume(*found)
+        self._saved = (self.position.step, time.monotonic())
+
+    def _resume(self, position: state.Position, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on where a checkpoint was written."""
+        self.position, self.resumed_from = position, position.step
+        try:
+            self.models.stepper.restore(tensors)
+            for name, bias in self.models.biases:
                 bias.copy_(tensors[f"bias/{name}"])
+        except KeyError as error:
+            raise state.unreadable(position.name) from error
 
     def run(self) -> None:
-        """Train to the end.
+        """Train to the end, where the last checkpoint is written.
 
         Raises:
             VerificationError: the loss is not finite, or far above that of the first step.
             KeyboardInterrupt: a signal asked to stop; a checkpoint has been written.
         """
         with stop_signal() as stop:
-            while self.position.step < self.job.steps and not self.stopped_early:
+            while self.position.step < self.job.steps and not self.position.stopped_early:
                 started = time.monotonic()
                 sums = self._step.take(self.position.step)
                 self._after(sums, time.monotonic() - started)
-                if self._everywhere(stop.is_set()):
+                stopped, due = self._everywhere(stop.is_set(), self._due)
+                if stopped or due:
                     self._save()
+                if stopped:
                     raise KeyboardInterrupt
-                if self.position.step % self._section.save_every == 0:
-                    self._save()
+            if self.position.step > self._saved[0]:
+                self._save()
+
+    @property
+    def _due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        late = time.monotonic() - self._saved[1] > SAVE_S
+        return late or self.position.step % self._section.save_every == 0
 
     def _after(self, sums: torch.Tensor, seconds: float) -> None:
         """Record a step and judge it."""
@@ -83,10 +96,9 @@ class Loop:
         position = self.position
         position.step += 1
         position.tokens += self.job.batch_size * self._rows_BT.shape[1]
-        self.last_loss = loss
+        position.loss_last = loss
         if position.loss_first is None:
             position.loss_first = loss
-        self._judge(loss)
         self._tell(
             StepRecord(
                 step=position.step,
@@ -102,6 +114,7 @@ class Loop:
                 load=tuple(map(tuple, (counts_LE / counts_LE.sum(1, keepdim=True)).tolist())),
             )
         )
+        self._judge(loss)
 
     def _judge(self, loss: float) -> None:
         """Stop a run that diverges, or that no longer gets better."""
@@ -120,24 +133,24 @@ class Loop:
         if best is None or position.loss_smooth < best - early.min_delta:
             position.loss_best, position.best_step = position.loss_smooth, position.step
         elif early.patience and position.step - position.best_step >= early.patience:
-            self.stopped_early = True
+            position.stopped_early = True
 
     @property
     def _remedy(self) -> str:
         """What else may help: fp16 ends at 65,504, and activations may not."""
         return "bf16, or " if self._section.mixed_precision == "fp16" else ""
 
-    def _everywhere(self, stop: bool) -> bool:
-        """Return whether any process wants to stop."""
+    def _everywhere(self, *wishes: bool) -> list[bool]:
+        """Return which wishes any process has."""
         if self._accelerator.num_processes == 1:
-            return stop
-        flag = torch.tensor(float(stop), device=self._accelerator.device)
-        return bool(self._accelerator.reduce(flag, "sum") > 0)
+            return list(wishes)
+        flags = torch.tensor(wishes, dtype=torch.float32, device=self._accelerator.device)
+        return [count > 0 for count in self._accelerator.reduce(flags, "sum").tolist()]
 
-    def _save(self) -> Path | None:
+    def _save(self) -> None:
         """Write a checkpoint, from the main process."""
         tensors = self.models.stepper.tensors()
         tensors |= {f"bias/{name}": bias for name, bias in self.models.biases}
-        if not self._accelerator.is_main_process:
-            return None
-        return state.save(self.job.folder, self.position, tensors, self._section.keep)
+        if self._accelerator.is_main_process:
+            state.save(self.job.folder, self.position, tensors, self._section.keep)
+        self._saved = (self.position.step, time.monotonic())

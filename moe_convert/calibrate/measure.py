@@ -50,7 +50,7 @@ def measure(
         tokens=ids_BT.numel(),
         dense_perplexity=_perplexity(dense),
         perplexity=_perplexity(made),
-        kl=max(0.0, kl),
+        kl=0.0 if kl < 0 else kl,
         top1_agreement=same,
         max_violation=float(max_violation(counts_LE).max()),
         dead_experts=num_dead(counts_LE),

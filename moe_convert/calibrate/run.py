@@ -24,8 +24,15 @@ from moe_convert.calibrate.report import Silent, Watcher
 from moe_convert.calibrate.step import Models
 from moe_convert.calibrate.trackers import check_trackers, logged
 from moe_convert.calibrate.watch import Watch
-from moe_convert.calibrate.write_back import failures, named_tensors, stored_tensors, write_back
-from moe_convert.errors import MoeConvertError, VerificationError
+from moe_convert.calibrate.write_back import (
+    clearing,
+    failures,
+    judge_result,
+    named_tensors,
+    stored_tensors,
+    write_back,
+)
+from moe_convert.errors import MoeConvertError
 from moe_convert.manifest import CalibrationReport, Measured
 from moe_convert.training import state
 from moe_convert.training.optimizer import Stepper
@@ -50,20 +57,21 @@ def run(job: Job, ids_BT: torch.Tensor, watcher: Watcher | None = None) -> Calib
     if job.section.objective and job.section.objective.hidden:
         return run_hidden(job, ids_BT, accelerator, watcher)
     models = _models(job, accelerator)
-    held_BT = ids_BT[-max(job.num_held, 1) :].to(accelerator.device)
+    rows_BT, held_BT = ids_BT[: -job.num_held], ids_BT[-job.num_held :].to(accelerator.device)
     before = _beside_teacher(job, models, held_BT, watcher, "before")
-    with logged(job, accelerator, watcher) as tell:
-        rows_BT = ids_BT[: len(ids_BT) - job.num_held]
-        if _computes_twice(job, models, rows_BT[:1], accelerator, watcher):
-            compute_twice(models.student)
-        loop = Loop(job, rows_BT, models, accelerator, tell)
-        _train(loop, accelerator)
-    after = _beside_teacher(job, models, held_BT, watcher, "after")
-    report = _report(job, loop, before, after, accelerator.num_processes)
-    watcher.phase("writing")
-    named = named_tensors(models)
-    if accelerator.is_main_process:
-        write_back(job, stored_tensors(job.folder, models.student, named), report)
+    with clearing(job, accelerator):
+        with logged(job, accelerator, watcher) as tell:
+            if _computes_twice(job, models, rows_BT[:1], accelerator, watcher):
+                compute_twice(models.student)
+            loop = Loop(job, rows_BT, models, accelerator, tell)
+            loop.run()
+        after = _beside_teacher(job, models, held_BT, watcher, "after")
+        named = named_tensors(models)
+        judge_result(job, before, after, named.values())
+        report = _report(job, loop, before, after, accelerator.num_processes)
+        watcher.phase("writing")
+        if accelerator.is_main_process:
+            write_back(job, stored_tensors(job.folder, models.student, named), report)
     accelerator.wait_for_everyone()
     return report
 
@@ -152,16 +160,6 @@ def _computes_twice(
     return not need.fits
 
 
-def _train(loop: Loop, accelerator: Accelerator) -> None:
-    """Run the loop; a run that diverges leaves nothing behind."""
-    try:
-        loop.run()
-    except VerificationError:
-        if accelerator.is_main_process:
-            state.clear(loop.job.folder)
-        raise
-
-
 def _report(
     job: Job, loop: Loop, before: Measured, after: Measured, num_processes: int
 ) -> CalibrationReport:
@@ -169,12 +167,13 @@ def _report(
     assert section.objective is not None
     assert section.train is not None
     assert position.loss_first is not None
-    report = CalibrationReport(
+    assert position.loss_last is not None
+    return CalibrationReport(
         steps=position.step,
         tokens=position.tokens,
         loss_first=position.loss_first,
-        loss_last=loop.last_loss,
-        stopped_early=loop.stopped_early,
+        loss_last=position.loss_last,
+        stopped_early=position.stopped_early,
         resumed_from=loop.resumed_from,
         trained=list(section.train),
         trained_params=sum(one.master.numel() for one in loop.models.stepper.trained),
@@ -183,6 +182,5 @@ def _report(
         num_processes=num_processes,
         before=before,
         after=after,
+        failures=list(failures(job, after)),
     )
-    report.failures = list(failures(job, after))
-    return report

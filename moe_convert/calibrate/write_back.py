@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.step import Models
 from moe_convert.checkpoint import read_folder
 from moe_convert.checkpoint.replace import commit, stage_tensors, stage_text
+from moe_convert.errors import VerificationError
+from moe_convert.experts import Split
 from moe_convert.manifest import (
     MANIFEST_NAME,
     CalibrationReport,
@@ -20,11 +24,48 @@ from moe_convert.manifest import (
     Measured,
     load_manifest,
 )
+from moe_convert.recipe import Recipe
+from moe_convert.training import state
 from moe_convert.training.shards import whole
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from transformers import PreTrainedModel
+
+
+@contextlib.contextmanager
+def clearing(job: Job, accelerator: Accelerator) -> Iterator[None]:
+    """Leave nothing behind of a run that diverges."""
+    try:
+        yield
+    except VerificationError:
+        if accelerator.is_main_process:
+            state.clear(job.folder)
+        raise
+
+
+def judge_result(
+    job: Job, before: Measured, after: Measured, tensors: Iterable[torch.Tensor]
+) -> None:
+    """Refuse what the last steps wrecked: a loss is known only of the weights before its step.
+
+    Raises:
+        VerificationError: a trained tensor or a figure is not finite, or perplexity rose too far.
+    """
+    rise, limit = after.perplexity / before.perplexity, job.section.guards.max_ppl_rise
+    figures = (after.perplexity, after.kl, after.routing_value, after.max_violation)
+    finite = all(map(math.isfinite, figures)) and all(bool(t.isfinite().all()) for t in tensors)
+    if finite and rise <= limit:
+        return
+    what, other = "weights or figures are not finite", "."
+    if finite:
+        what = f"perplexity is {after.perplexity:.4g}, and it was {before.perplexity:.4g} before"
+        other = ", or allow a larger calibration.guards.max_ppl_rise."
+    raise VerificationError(
+        f"Calibration diverged in its last steps: {what}.",
+        f"The weights are those of the start; use a smaller --lr{other}",
+    )
 
 
 def failures(job: Job, after: Measured) -> Iterator[str]:
@@ -40,24 +81,38 @@ def failures(job: Job, after: Measured) -> Iterator[str]:
 def write_back(
     job: Job, tensors: Iterable[tuple[str, torch.Tensor]], report: CalibrationReport
 ) -> None:
-    """Put the trained tensors in their places on disk, and the report into the manifest."""
+    """Put the trained tensors in their places on disk, and the report into the manifest.
+
+    Raises:
+        VerificationError: the report has a figure that is not finite; nothing has changed.
+    """
     files = stage_tensors(job.folder, tensors)
     manifest = load_manifest(job.folder)
     for info in manifest.target.files:
         if info.path in files:
             info.size, info.sha256 = files[info.path]
     _describe(manifest, job, report)
-    stage_text(job.folder, MANIFEST_NAME, manifest.as_json())
+    stage_text(job.folder, MANIFEST_NAME, manifest.checked_json())
     commit(job.folder)
 
 
 def _describe(manifest: Manifest, job: Job, report: CalibrationReport) -> None:
-    manifest.exact = False
+    """Record a calibration; the recipe stays that of the conversion.
+
+    Exact copies compute the dense function whatever their routers say.
+    """
+    assert job.section.train is not None
+    routers_only = set(job.section.train) <= {"router"}
+    copies = not isinstance(Recipe.model_validate(manifest.recipe).experts, Split)
+    manifest.exact = manifest.exact and copies and routers_only
     manifest.state = "failed" if report.failures else "calibrated"
+    if manifest.calibration is not None:
+        manifest.earlier.append(manifest.calibration)
+    report.settings = {
+        "calibration": job.section.model_dump(mode="json"),
+        "data": job.data.model_dump(mode="json"),
+    }
     manifest.calibration = report
-    section = job.section.model_copy(update={"enabled": True})
-    manifest.recipe["calibration"] = section.model_dump(mode="json")
-    manifest.recipe["data"] = job.data.model_dump(mode="json")
 
 
 def named_tensors(models: Models) -> dict[str, torch.Tensor]:

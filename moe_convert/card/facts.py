@@ -10,7 +10,7 @@ from moe_convert.edits import EditNode
 from moe_convert.experts import Compose
 from moe_convert.families.custom import CUSTOM
 from moe_convert.manifest import Manifest, Parity, SourceInfo, TargetInfo
-from moe_convert.provenance import unnamed
+from moe_convert.provenance import calibrations, unnamed
 from moe_convert.recipe import Recipe
 from moe_convert.routers import Router
 from moe_convert.targets import TARGETS
@@ -97,9 +97,12 @@ def _used(target: TargetInfo) -> str:
 def _how_near(manifest: Manifest) -> str:
     trained, parity = manifest.calibration, _fp32(manifest)
     if trained is not None:
+        several = f", {len(manifest.trainings)} times" if manifest.earlier else ""
+        last = "the last time " if manifest.earlier else ""
         return (
-            f"It was trained on {trained.tokens} tokens after the conversion, which took the "
-            f"perplexity on held-out text ({trained.data}) from {trained.before.perplexity:.4g} to "
+            f"It was trained on {sum(one.tokens for one in manifest.trainings)} tokens after the "
+            f"conversion{several}, which {last}took the perplexity on held-out text "
+            f"({trained.data}) from {trained.before.perplexity:.4g} to "
             f"{trained.after.perplexity:.4g}; that of the dense model is "
             f"{trained.after.dense_perplexity:.4g}."
         )
@@ -204,8 +207,9 @@ def folder_of(name: str) -> str:
 
 def needed_options(manifest: Manifest) -> str:
     """Return the options with which `reproduce` finds what was recorded by name only."""
-    recipe = Recipe.model_validate(manifest.recipe)
-    return "".join(f" {option} PATH" for option, _ in unnamed(manifest, recipe))
+    recipes = [Recipe.model_validate(manifest.recipe), *calibrations(manifest)]
+    options = dict.fromkeys(option for one in recipes for option, _ in unnamed(manifest, one))
+    return "".join(f" {option} PATH" for option in options)
 
 
 def identity(info: SourceInfo) -> str:

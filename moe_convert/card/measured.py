@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_convert.edits import Fit
-from moe_convert.manifest import Manifest
+from moe_convert.manifest import CalibrationReport, Manifest
 from moe_convert.recipe import Recipe
 from moe_convert.units import num_params
 
@@ -61,18 +61,26 @@ def _after_training(manifest: Manifest) -> Iterator[Row]:
 
 def trained(manifest: Manifest) -> str:
     """Return what was trained and what was not."""
-    found = manifest.calibration
-    if found is None:
+    if not manifest.trainings:
         return _fitted(Recipe.model_validate(manifest.recipe))
+    found = "; then ".join(map(_training, manifest.trainings))
+    everything = any("all" in one.trained for one in manifest.trainings)
+    rest = (
+        "" if everything else " Not trained: everything else, which is as the conversion wrote it."
+    )
+    return f"Trained: {found}.{rest}"
+
+
+def _training(found: CalibrationReport) -> str:
+    """Return what a calibration trained."""
     if "all" in found.trained:
-        what, rest = "everything", ""
+        what = "everything"
     else:
         what = " and ".join(PARTS.get(part, part) for part in found.trained)
-        rest = " Not trained: everything else, which is as the conversion wrote it."
     terms = " + ".join(f"{weight:g} {name}" for name, weight in found.objective.items())
     return (
-        f"Trained: {what} ({num_params(found.trained_params)} parameters), {found.steps} steps of "
-        f"{found.tokens} tokens in all on {found.data}, loss {terms}.{rest}"
+        f"{what} ({num_params(found.trained_params)} parameters), {found.steps} steps of "
+        f"{found.tokens} tokens in all on {found.data}, loss {terms}"
     )
 
 

@@ -10,7 +10,7 @@ from moe_convert.card.facts import from_hub, is_multimodal, other_sources
 from moe_convert.card.measured import when
 from moe_convert.experts import Compose, Method
 from moe_convert.manifest import Manifest
-from moe_convert.provenance import license_of
+from moe_convert.provenance import calibrations, license_of
 from moe_convert.recipe import Recipe
 
 TAGS = ("moe", "mixture-of-experts", "moe-convert")
@@ -33,7 +33,7 @@ def metadata(manifest: Manifest, name: str) -> ModelCardData:
     """Return the card's metadata; fields without a value are left out."""
     recipe = Recipe.model_validate(manifest.recipe)
     known = license_of(manifest)
-    dataset = recipe.data.hub
+    hubs = [one.data.hub for one in (recipe, *calibrations(manifest))]
     fields: dict[str, Any] = {
         "license": known and known.id,
         "license_name": known and known.name,
@@ -43,7 +43,7 @@ def metadata(manifest: Manifest, name: str) -> ModelCardData:
         "pipeline_tag": "image-text-to-text" if is_multimodal(manifest) else "text-generation",
         "tags": tags(recipe.experts),
         "language": manifest.source.languages,
-        "datasets": [dataset.hub] if dataset else [],
+        "datasets": list(dict.fromkeys(hub.hub for hub in hubs if hub)),
     }
     results = eval_results(manifest)
     if results:

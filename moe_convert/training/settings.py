@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Node(BaseModel):
     """A part of a section; fields it does not define are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Optimizer(Node):

@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moe_convert.checkpoint.replace import WORK
@@ -33,17 +34,23 @@ class Position(BaseModel):
     step: int = 0
     tokens: int = 0
     loss_first: float | None = None
+    loss_last: float | None = None
     loss_smooth: float | None = None
     loss_best: float | None = None
     best_step: int = 0
-    counts: list[list[float]] = Field(default_factory=list)
+    stopped_early: bool = False
+
+    @property
+    def name(self) -> str:
+        """What its checkpoint is called."""
+        return f"step-{self.step:08d}"
 
 
 def save(folder: Path, position: Position, tensors: dict[str, torch.Tensor], keep: int) -> Path:
     """Write a checkpoint and remove all but the last `keep` ones."""
     root = folder / WORK
     root.mkdir(exist_ok=True)
-    made = root / f"step-{position.step:08d}"
+    made = root / position.name
     partial = made.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -65,19 +72,24 @@ def latest(folder: Path, fingerprint: str) -> tuple[Position, dict[str, torch.Te
     found = _found(folder)
     if not found:
         return None
-    hint = "Give the same options again, or start anew with --no-resume."
     try:
         position = Position.model_validate_json((found[-1] / STATE).read_text(encoding="utf-8"))
         tensors = load_file(found[-1] / TENSORS)
-    except (OSError, ValidationError, json.JSONDecodeError) as error:
-        raise UsageError(f"The checkpoint {found[-1].name} cannot be read.", hint) from error
+    except (OSError, ValidationError, json.JSONDecodeError, SafetensorError) as error:
+        raise unreadable(found[-1].name) from error
     if position.fingerprint != fingerprint:
         raise UsageError(
             f"{folder.name} holds a checkpoint of a calibration with other settings, data or "
             "weights.",
-            hint,
+            "Give the same options again, or start anew with --no-resume.",
         )
     return position, tensors
+
+
+def unreadable(name: str) -> UsageError:
+    """Return what to raise for a checkpoint that is not what was written."""
+    hint = "Remove it to go on at the one before, or start anew with --no-resume."
+    return UsageError(f"The checkpoint {name} is damaged.", hint)
 
 
 def discard(folder: Path) -> None:
