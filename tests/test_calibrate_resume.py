@@ -138,7 +138,7 @@ def test_divergence_that_is_not_finite_is_no_zero(originals: Made) -> None:
 def test_settings_that_are_not_finite_are_refused(
     originals: Made, dense: Dense, setting: str
 ) -> None:
-    few = ("--source", dense(), "--set", f"calibration.{setting}=.inf")
+    few = ("--source", dense(), "--set", f"calibration.{setting}=inf")
     result = invoke("calibrate", originals(**NOISY), *few)
     assert result.exit_code == 2
     assert "finite" in result.stderr
