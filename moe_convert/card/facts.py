@@ -207,8 +207,9 @@ def folder_of(name: str) -> str:
 
 def needed_options(manifest: Manifest) -> str:
     """Return the options with which `reproduce` finds what was recorded by name only."""
-    recipes = [Recipe.model_validate(manifest.recipe), *calibrations(manifest)]
-    options = dict.fromkeys(option for one in recipes for option, _ in unnamed(manifest, one))
+    options = [option for option, _ in unnamed(manifest, Recipe.model_validate(manifest.recipe))]
+    for recipe in calibrations(manifest):
+        options += [option for option, _ in unnamed(manifest, recipe) if option not in options]
     return "".join(f" {option} PATH" for option in options)
 
 
