@@ -22,6 +22,8 @@ from moe_convert.calibrate.report import Silent
 from moe_convert.calibrate.run import run
 from moe_convert.calibrate.watch import Watch
 from moe_convert.calibration import Calibration
+from moe_convert.card import measured
+from moe_convert.card.facts import needed_options
 from moe_convert.checkpoint import open_source
 from moe_convert.checkpoint.replace import JOURNAL, WORK
 from moe_convert.data import Data
@@ -285,6 +287,9 @@ def test_two_calibrations_are_made_again(
     folder = copy(**SPLIT)
     for more in (("--objective", "lm"), ("--lr", 1e-4)):
         assert invoke("calibrate", folder, *options(dense, text, *more)).exit_code == 0
+    manifest = load_manifest(folder)
+    assert "; then routers and experts (" in measured.trained(manifest)
+    assert needed_options(manifest) == " --source PATH --data PATH"
     found = reproduce(folder, tmp_path / "new", Places(str(dense()), data=str(text)))
     assert (found.equal, found.notes) == (True, [])
     with pytest.raises(UsageError, match=r"text\.txt is recorded by its name only"):
