@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+KNOWN_UNTIL = (5, 24)
+"""The newest transformers whose model types are all told apart; later ones get a general reason."""
 UNGATED = "its FFN has no gate"
 MULTIMODAL = (
     "it is multimodal and no row converts it as a whole; its text decoder would have to be saved "
@@ -18,6 +20,7 @@ GROUPS: tuple[tuple[str, str], ...] = (
         MIXTURE,
         "afmoe aria_text axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v32 deepseek_v4 dots3_note "
         "dots3_note_text exaone_moe flint glm4_moe_lite glm_moe_dsa gpt_oss hy_v4 inkling2_text "
+        "inkling2_loop_text lara_mini sarvam_mla sarvam_moe "
         "inkling_text jamba jetmoe kimi_linear kolibri1 laguna llama4 llama4_text longcat_flash "
         "mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text olmoe qwen3_5_moe qwen3_next "
         "qwen4_exp qwen4_exp_text zaya",
@@ -73,6 +76,9 @@ ALONE: dict[str, str] = {
     "xlnet": f"{UNGATED} and has biases, and its attention is over relative positions",
     "reformer": f"{UNGATED}, and its attention is over hashes, in reversible layers",
     "apertus": f"{UNGATED}, and its activation xIELU has parameters of its own",
+    "apertus1p5_text": f"{UNGATED}, and its activation xIELU may have parameters of its own",
+    "dory": "a norm stands between its FFN's product and down, and no expert has one there",
+    "exaone": "it is a Llama with tensors of other names, and no row reads those",
     "bitnet": "its FFN norms its neurons before the down projection",
     "gemma3": "its image tokens see each other both ways, through masks by the type of layer, and "
     "no architecture that holds its text decoder is proved inside it",
