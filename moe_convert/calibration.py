@@ -108,13 +108,17 @@ class Calibration(Node):
     @field_validator("objective", mode="before")
     @classmethod
     def _names_are_weights(cls, value: object) -> object:
-        """Read `distill+lm` as weights of one, and nothing for the other terms."""
-        if not isinstance(value, str):
-            return value
-        return {
-            **dict.fromkeys(Objective.model_fields, 0.0),
-            **dict.fromkeys(value.split("+"), 1.0),
-        }
+        """Read `distill+lm` as `exact_objective` does."""
+        return exact_objective(value) if isinstance(value, str) else value
+
+
+def exact_objective(text: str) -> dict[str, float]:
+    """Return `distill+lm` as weights of one, and zero for the terms that are not there.
+
+    `none` is no term at all, which leaves loss-free balancing.
+    """
+    terms = [] if text == "none" else re.split(r"[+,]", text)
+    return {**dict.fromkeys(Objective.model_fields, 0.0), **dict.fromkeys(terms, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -157,12 +161,15 @@ def resolved(section: Calibration, made: Made, *, gpu: bool) -> Calibration:
     optimizer = Optimizer(**{**rates, **given})
     tokens = section.max_tokens or (FULL_TOKENS if gpu else CPU_TOKENS)
     precision = section.mixed_precision
-    objective = _objective(section.objective, preset)
+    objective = _objective(section.objective, preset, made.target)
+    train = section.train
+    if train is None:
+        train = tuple(part for part in preset.train if part not in kept and objective.terms)
     if precision == "auto":
         precision = "bf16" if gpu and not objective.hidden else "no"
     return section.model_copy(
         update={
-            "train": section.train or tuple(part for part in preset.train if part not in kept),
+            "train": train,
             "objective": objective,
             "optimizer": optimizer,
             "max_tokens": tokens,
@@ -171,10 +178,14 @@ def resolved(section: Calibration, made: Made, *, gpu: bool) -> Calibration:
     )
 
 
-def _objective(given: Objective | None, preset: Preset) -> Objective:
+def _objective(given: Objective | None, preset: Preset, target: MoeTarget) -> Objective:
+    """Return the weights of all terms; layer by layer nothing of a preset can be learned beside."""
     named = given.model_dump(exclude_unset=True) if given else {}
-    everything = dict.fromkeys(Objective.model_fields, 0.0)
-    return Objective(**{**everything, **preset.objective, **named})
+    left_out = {"distill", "lm"} if named.get("hidden") else set()
+    if target.router_gives == "shares":
+        left_out |= {"z"}
+    usual = {name: weight for name, weight in preset.objective.items() if name not in left_out}
+    return Objective(**{**dict.fromkeys(Objective.model_fields, 0.0), **usual, **named})
 
 
 def wanted(section: Calibration, method: ExpertsNode, exact: bool, *, gpu: bool) -> bool:
@@ -214,6 +225,7 @@ def check(section: Calibration, made: Made) -> None:
         raise UsageError(
             "calibration.objective has no term that counts.", "Give one a weight, such as lm: 1."
         )
+    _check_parts(section, made)
     if terms.get("hidden") and set(terms) & {"distill", "lm"}:
         raise UsageError(
             "The hidden objective trains layer by layer and cannot be mixed with distill or lm.",
@@ -225,6 +237,7 @@ def check(section: Calibration, made: Made) -> None:
             f"Balance alone says nothing to {', '.join(others)}.",
             "Use --train router, or add distill or lm to the objective.",
         )
+    _check_effects(section)
     if terms.get("hidden"):
         _check_hidden(section)
     if section.mixed_precision == "fp16" and section.parallel != "replicate":
@@ -238,6 +251,58 @@ def check(section: Calibration, made: Made) -> None:
     learned = [name for name in terms if name in {"distill", "lm", "hidden"}]
     if learned and not others:
         _check_router_gradient(" and ".join(learned), made)
+
+
+def _check_parts(section: Calibration, made: Made) -> None:
+    """Refuse parts and losses, or rates and parts, that have nothing to do with each other."""
+    assert section.objective is not None
+    terms = section.objective.terms
+    if not terms and section.train:
+        raise UsageError(
+            f"Without a loss only the selection biases move, and not {', '.join(section.train)}.",
+            "Leave --train out, or give the objective a term.",
+        )
+    if terms and not section.train:
+        raise UsageError(
+            "calibration.train names no part, so that nothing would be trained.",
+            "Name some, such as router, or leave it out.",
+        )
+    preset = next(preset for kind, preset in PRESETS.items() if isinstance(made.method, kind))
+    own = section.optimizer.router_factor != preset.router_factor
+    if own and not {"router", "all"} & set(section.train or ()):
+        raise UsageError(
+            "calibration.optimizer.router_factor has no effect where routers are not trained.",
+            "Leave it out, or add router to --train.",
+        )
+    if "z" in terms and made.target.router_gives == "shares":
+        raise UsageError(
+            f"The router of {made.target.model_type} gives shares that add up to one, of which the "
+            "z term is the same whatever they are.",
+            "Leave --z-coef out.",
+        )
+
+
+def _check_effects(section: Calibration) -> None:
+    """Refuse settings that need another one to mean something."""
+    assert section.objective is not None
+    learned = {"distill", "lm"} & section.objective.terms.keys()
+    routers = {"router", "all"} & set(section.train or ())
+    if section.dense_router and not (routers and learned) and not section.objective.hidden:
+        raise UsageError(
+            "--dense-router is a gradient of distill or lm to routers, and there is none.",
+            "Leave it out, or train the router with --objective distill or lm.",
+        )
+    if section.early_stop.min_delta and section.early_stop.patience is None:
+        raise UsageError(
+            "calibration.early_stop.min_delta has no effect without a patience.",
+            "Set calibration.early_stop.patience as well.",
+        )
+    offloaded = section.teacher == "offload" and not section.objective.hidden
+    if offloaded and "distill" not in section.objective.terms:
+        raise UsageError(
+            "calibration.teacher: offload has no effect where nothing is distilled.",
+            "Leave it out, or use --objective distill.",
+        )
 
 
 def _check_hidden(section: Calibration) -> None:
@@ -292,16 +357,16 @@ def _check_router_gradient(names: str, made: Made) -> None:
     target = made.target
     if made.exact and not isinstance(made.method, Split):
         raise UsageError(
-            "The experts are exact copies and their weights add up to a constant, so "
-            f"{names} give the routers no gradient.",
+            "The experts are exact copies and their weights add up to a constant, so the routers "
+            f"get no gradient from {names}.",
             "Train the experts too (--train router+experts), convert with --noise, or balance only "
             "(--objective aux).",
         )
     if target.fixed_top_k or (made.top_k == 1 and target.weights_sum is not None):
         why = f"{target.model_type} gives" if target.fixed_top_k else "top-1 gives"
         raise UsageError(
-            f"{why} the chosen experts the same weight whatever the router says, so {names} give "
-            "the routers no gradient.",
+            f"{why} the chosen experts the same weight whatever the router says, so the routers "
+            f"get no gradient from {names}.",
             "Train the experts too (--train router+experts), or balance only (--objective aux).",
         )
 

@@ -224,9 +224,10 @@ CHOICES: dict[str, Choice] = {
         ("calibration.objective",),
         str,
         "--objective",
-        "Loss terms of weight one, joined by +: distill, hidden, lm, aux, z (default: by method).",
+        "Loss terms of weight one, joined by +: distill, hidden, lm, aux, z (default: by method); "
+        "none: only --bias-update.",
         "Calibration",
-        lambda text: exact_objective(text),
+        lambda text: _objective(text),
     ),
     "aux_coef": Choice(
         ("calibration.objective.aux",),
@@ -495,12 +496,10 @@ def _apply(changes: dict[str, Any], choice: Choice, value: Any) -> None:
             changes[field] = choice.wrap(value)
 
 
-def exact_objective(text: str) -> dict[str, float]:
-    """Return `distill+lm` as weights of one, and zero for the terms that are not there."""
-    from moe_convert.calibration import Objective
+def _objective(text: str) -> dict[str, float]:
+    from moe_convert.calibration import exact_objective
 
-    terms = dict.fromkeys(Objective.model_fields, 0.0)
-    return {**terms, **dict.fromkeys(text.split("+"), 1.0)}
+    return exact_objective(text)
 
 
 def _source_expert(text: str) -> dict[str, Any]:

@@ -846,7 +846,7 @@ def test_upcycle_goes_on_to_calibrate(dense: Dense, text: Path, tmp_path: Path) 
 def test_a_plan_refuses_a_calibration_that_cannot_work(dense: Dense) -> None:
     result = invoke("plan", dense(), "--calibrate", "--train", "router")
     assert result.exit_code == 2
-    assert "give the routers no gradient" in result.stderr
+    assert "the routers get no gradient from lm" in result.stderr
 
 
 def test_a_gate_on_the_command_line_exits_with_5(copy: Made, dense: Dense, text: Path) -> None:

@@ -154,7 +154,7 @@ def test_launchers_are_read(launcher: str, arguments: tuple[str, ...], count: in
     [
         ("torchrun", (), "do not say how many"),
         ("torchrun", ("--nproc_per_node", "gpu"), "do not say how many"),
-        ("mpirun", ("-n", "2"), "is not one of none, accelerate, torchrun"),
+        ("mpirun", ("-n", "2"), "is not one of auto, none, accelerate, torchrun"),
     ],
 )
 def test_launchers_that_cannot_be_read_are_refused(

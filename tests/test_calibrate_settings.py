@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -15,22 +16,36 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from moe_convert.calibrate.alone import share
+from moe_convert.calibrate.hidden import Layers, used_rows
 from moe_convert.calibrate.job import JOB
+from moe_convert.calibrate.launch import asked_for
+from moe_convert.calibrate.panel import lines
+from moe_convert.calibration import Calibration, check, exact_objective, resolved
+from moe_convert.calibration import Made as Conversion
 from moe_convert.checkpoint import read_folder
 from moe_convert.checkpoint.replace import WORK
-from moe_convert.manifest import CalibrationReport
+from moe_convert.errors import UsageError
+from moe_convert.experts import Clone, Contribution
+from moe_convert.manifest import CalibrationReport, load_manifest
+from moe_convert.targets import TARGETS
+from moe_convert.training.batches import order
 from tests.conftest import Dense
 from tests.test_calibrate import (
     NOISY,
     Made,
+    Stop,
     calibrated,
+    changed,
     copy,
+    job_of,
     originals,
     text,
 )
 from tests.test_cli import invoke
+from tests.tools import tensors
 
 BALANCE: dict[str, Any] = {"objective": "aux", "train": "router", "optimizer": {"lr": 1e-9}}
 
@@ -120,3 +135,119 @@ def test_workers_whose_command_was_killed_keep_others_out(
         assert result.exit_code == 2
         assert "is being calibrated by another process" in result.stderr
     assert invoke(*words, "--max-steps", 1).exit_code == 0
+
+
+def conversion(target: str = "glm4_moe", *, split: bool = True) -> Conversion:
+    method = Contribution() if split else Clone()
+    return Conversion(method, TARGETS[target], exact=False, top_k=2, selection_bias=True)
+
+
+WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
+    ({"dense_router": True, "train": "experts"}, "--dense-router is a gradient"),
+    ({"dense_router": True, "train": "router", "objective": "aux"}, "--dense-router is a gradient"),
+    ({"early_stop": {"min_delta": 0.1}}, "no effect without a patience"),
+    ({"optimizer": {"router_factor": 3.0}, "train": "experts"}, "where routers are not trained"),
+    ({"teacher": "offload", "objective": "lm"}, "where nothing is distilled"),
+    ({"train": []}, "names no part"),
+    ({"objective": "none", "bias_update": 0.001, "train": "router"}, "Without a loss only"),
+    ({"objective": "none"}, "no term that counts"),
+]
+
+
+@pytest.mark.parametrize(("settings", "reason"), WITHOUT_EFFECT, ids=lambda v: str(v)[:40])
+def test_what_would_have_no_effect_is_refused(settings: dict[str, Any], reason: str) -> None:
+    section = resolved(Calibration.model_validate(settings), conversion(), gpu=False)
+    with pytest.raises(UsageError, match=reason):
+        check(section, conversion())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dense_router": True, "train": "router"},
+        {"early_stop": {"min_delta": 0.1, "patience": 3}},
+        {"optimizer": {"router_factor": 3.0}},
+        {"teacher": "offload"},
+        {"objective": "none", "bias_update": 0.001},
+        {"objective": {"hidden": 1.0}},
+    ],
+    ids=str,
+)
+def test_what_has_an_effect_is_not_refused(settings: dict[str, Any]) -> None:
+    check(resolved(Calibration.model_validate(settings), conversion(), gpu=False), conversion())
+
+
+def test_the_z_term_needs_logits() -> None:
+    """Gemma 4's router gives shares, whose log-sum-exp is nought."""
+    made = conversion("gemma4_text", split=False)
+    preset = resolved(Calibration(), made, gpu=False)
+    assert preset.objective
+    assert preset.objective.terms == {"lm": 1.0, "aux": 0.01}
+    given = resolved(Calibration.model_validate({"objective": "lm+z"}), made, gpu=False)
+    with pytest.raises(UsageError, match="shares that add up to one"):
+        check(given, made)
+
+
+@pytest.mark.parametrize("text", ["distill+lm", "distill,lm"])
+def test_terms_are_joined_by_either(text: str) -> None:
+    assert {name for name, weight in exact_objective(text).items() if weight} == {"distill", "lm"}
+
+
+@pytest.mark.parametrize("words", [("--nproc_per_node", "0"), ("--nnodes=0", "--nproc_per_node=2")])
+def test_no_process_is_refused(words: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="ask for no process"):
+        asked_for("torchrun", words)
+
+
+def test_biases_alone_are_trained_and_said_to_be(copy: Made, dense: Dense, text: Path) -> None:
+    """Nothing else changes, and the command says so."""
+    folder = copy(target__architecture="glm4_moe", **NOISY)
+    before = tensors(folder)
+    words = command(folder, dense, text, "--max-steps", 2, "--launcher", "auto")[3:]
+    result = invoke(*words, "--objective", "none", "--bias-update", 0.01, "--json")
+    assert result.exit_code == 0, result.stderr
+    names = changed(before, folder)
+    assert {name.rpartition(".")[2] for name in names} == {"e_score_correction_bias"}
+    report = load_manifest(folder).calibration
+    assert report
+    assert report.trained == ["biases"]
+    assert report.trained_params == 4 * len(names)
+    assert not [line for line in lines(report) if line.startswith("loss")]
+
+
+HIDDEN: dict[str, Any] = {"objective": "hidden", "train": "router+experts", "max_steps": 3}
+
+
+def test_finished_layers_are_logged_once_and_are_of_this_run(
+    copy: Made, calibrated: Callable[..., CalibrationReport]
+) -> None:
+    folder = copy(**NOISY)
+    with pytest.raises(RuntimeError, match="killed"):
+        calibrated(folder, Stop(5), **HIDDEN)
+    with pytest.raises(UsageError, match="layers of a calibration with other settings"):
+        calibrated(folder, **{**HIDDEN, "optimizer": {"lr": 1e-5}})
+    layer = next((folder / WORK).glob("layer-*"))
+    whole = layer.read_bytes()
+    layer.write_bytes(whole[:20])
+    with pytest.raises(UsageError, match="The finished layer"):
+        calibrated(folder, **HIDDEN)
+    layer.write_bytes(whole)
+    report = calibrated(folder, **HIDDEN)
+    assert report.resumed_from == 3
+    assert report.tokens == 3 * 4 * 32
+    log = (folder / "calibration.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, report.steps + 1))
+
+
+def test_rows_that_no_step_gets_to_are_not_streamed(
+    originals: Made, dense: Dense, text: Path
+) -> None:
+    job, ids_BT = job_of(originals(**NOISY), dense(), text, **HIDDEN)
+    used = used_rows(job, len(ids_BT))
+    assert used == sorted(order(len(ids_BT), 0, 12, 0))
+    assert len(used) == 12 < len(ids_BT)
+    received = Layers(job, ids_BT, Accelerator(cpu=True)).received(0)
+    assert len(received) == 12
+    every = job.model_copy(update={"steps": 10_000})
+    assert used_rows(every, len(ids_BT)) == [*range(len(ids_BT))]

@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from moe_convert.targets import MoeTarget
 
+HINT = "Give the same options again, or start anew with --no-resume."
 Weights = Mapping[str, Weight]
 Tell = Callable[[StepRecord], None]
 
@@ -83,6 +84,9 @@ class Layers:
     def __init__(self, job: Job, rows_BT: torch.Tensor, accelerator: Accelerator) -> None:
         """Embed the rows; nothing of a layer is read yet."""
         self.job, self.target = job, target_of(job.folder)
+        self.num_given, used = len(rows_BT), used_rows(job, len(rows_BT))
+        self.places = {row: place for place, row in enumerate(used)}
+        rows_BT = rows_BT[used]
         self.accelerator, self._num_rows = accelerator, len(rows_BT)
         own = range(accelerator.process_index, len(rows_BT), accelerator.num_processes)
         rows_BT = rows_BT[[*own] or [0]]
@@ -181,19 +185,49 @@ def _path(job: Job, layer: int) -> Path:
     return job.folder / WORK / f"layer-{layer:05d}.safetensors"
 
 
+def num_finished(job: Job) -> int:
+    """Return how many layers an earlier run of this job has trained.
+
+    Raises:
+        UsageError: they are of a run with other settings, data or weights, or cannot be read.
+    """
+    paths = sorted((job.folder / WORK).glob("layer-*.safetensors")) if job.resume else []
+    for path in paths:
+        if _about(path)["fingerprint"] != job.fingerprint:
+            raise UsageError(
+                f"{job.folder.name} holds layers of a calibration with other settings, data or "
+                "weights.",
+                HINT,
+            )
+    return len(paths)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """Return what is written beside the tensors of a finished layer."""
+    try:
+        with safe_open(path, "pt") as file:
+            found: dict[str, Any] = json.loads(file.metadata()["run"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise UsageError(f"The finished layer {path.name} cannot be read.", HINT) from error
+    return found
+
+
 def _kept(job: Job, layer: int, done: Done) -> dict[str, torch.Tensor]:
-    """Return what an earlier run made of a layer; nothing if there is none of this job."""
+    """Return what an earlier run made of a layer; nothing if it did not get there."""
     path = _path(job, layer)
     if not job.resume or not path.is_file():
         return {}
-    with safe_open(path, "pt") as file:
-        found = json.loads(file.metadata()["run"])
-    if found["fingerprint"] != job.fingerprint:
-        return {}
+    found = _about(path)
     done.first.append(found["first"])
     done.last.append(found["last"])
     done.resumed_from = len(done.last) * job.steps
     return dict(load_file(path))
+
+
+def used_rows(job: Job, num_rows: int) -> list[int]:
+    """Return the rows that the steps of a layer get to, in rising order; others are left out."""
+    count = min(num_rows, job.steps * job.batch_size)
+    return sorted(order(num_rows, 0, count, job.section.seed))
 
 
 def _train_layer(
@@ -206,7 +240,8 @@ def _train_layer(
     stepper = Stepper(list(_trained(job, layers.target, ffns)), job.section, job.steps)
     run = _Run(job, layers, layer, ffns, stepper)
     for step in range(job.steps):
-        rows = order(len(x_BTD), step * job.batch_size, job.batch_size, job.section.seed)
+        taken = order(layers.num_given, step * job.batch_size, job.batch_size, job.section.seed)
+        rows = [layers.places[row] for row in taken]
         share = rows[layers.accelerator.process_index :: layers.accelerator.num_processes]
         tell(run.step(x_BTD[share], step, place))
     named = {one.name: one.master.detach() for one in stepper.trained}
@@ -276,7 +311,7 @@ class _Run:
         return StepRecord(
             step=done,
             steps=num_layers * self._job.steps,
-            tokens=done * tokens,
+            tokens=(number + 1) * tokens,
             loss=loss,
             terms=terms,
             lr=self._stepper.lr,

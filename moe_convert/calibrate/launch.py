@@ -39,7 +39,10 @@ def asked_for(launcher: str, arguments: Sequence[str]) -> int:
         UsageError: the launcher is unknown, or they do not say.
     """
     if launcher not in LAUNCHERS:
-        raise UsageError(f"--launcher {launcher!r} is not one of none, {', '.join(LAUNCHERS)}.")
+        raise UsageError(
+            f"--launcher {launcher!r} is not one of auto, none, {', '.join(LAUNCHERS)}.",
+            "Leave it out to train in this process.",
+        )
     count = _value(COUNTS[launcher], arguments)
     if count is None:
         example = "--num_processes 2" if launcher == "accelerate" else "--nproc_per_node 2"
@@ -48,7 +51,12 @@ def asked_for(launcher: str, arguments: Sequence[str]) -> int:
             f"Add them after --, for example: --launcher {launcher} -- {example}",
         )
     nodes = NODES[launcher]
-    return count * ((_value(nodes, arguments) if nodes else None) or 1)
+    machines = _value(nodes, arguments) if nodes else None
+    if count == 0 or machines == 0:
+        raise UsageError(
+            f"The arguments for {launcher} ask for no process at all.", "Ask for one or more."
+        )
+    return count * (machines or 1)
 
 
 def _value(pattern: str, arguments: Sequence[str]) -> int | None:

@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_convert.calibrate.hidden import check_hidden, train_hidden
+from moe_convert.calibrate.hidden import check_hidden, num_finished, train_hidden
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.measure import measure
 from moe_convert.calibrate.models import load, load_teacher, target_of
@@ -27,19 +27,24 @@ if TYPE_CHECKING:
 def run_hidden(
     job: Job, ids_BT: torch.Tensor, accelerator: Accelerator, watcher: Watcher
 ) -> CalibrationReport:
-    """Train layer by layer; whole models are in memory only while they are measured."""
+    """Train layer by layer; whole models are in memory only while they are measured.
+
+    The report counts the steps of all layers, each of which sees the same `tokens`; its losses are
+    the means over layers of their first and last errors.
+    """
     check_hidden(job)
+    finished = num_finished(job)
     rows_BT, held_BT = ids_BT[: -job.num_held], ids_BT[-job.num_held :]
     before = _measured(job, held_BT, {}, accelerator, watcher, "before")
     with clearing(job, accelerator):
-        with logged(job, accelerator, watcher) as tell:
+        with logged(job, accelerator, watcher, finished * job.steps) as tell:
             done = train_hidden(job, rows_BT, accelerator, tell)
         after = _measured(job, held_BT, done.tensors, accelerator, watcher, "after")
         judge_result(job, before, after, done.tensors.values())
     assert job.section.objective is not None
     report = CalibrationReport(
         steps=len(done.first) * job.steps,
-        tokens=len(done.first) * job.steps * job.batch_size * job.width,
+        tokens=job.steps * job.batch_size * job.width,
         loss_first=sum(done.first) / len(done.first),
         loss_last=sum(done.last) / len(done.last),
         resumed_from=done.resumed_from,

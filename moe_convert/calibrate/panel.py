@@ -172,6 +172,7 @@ def lines(report: CalibrationReport) -> Iterator[str]:
         f"trained   {' + '.join(report.trained)} ({report.trained_params:,} parameters), "
         f"{report.steps} steps, {report.tokens:,} tokens of {report.data}{resumed}{early}"
     )
-    yield f"loss      {report.loss_first:.4g} to {report.loss_last:.4g}"
+    if report.objective:
+        yield f"loss      {report.loss_first:.4g} to {report.loss_last:.4g}"
     for failure in report.failures:
         yield f"FAILED    {failure}"

@@ -112,7 +112,7 @@ def _models(job: Job, accelerator: Accelerator) -> Models:
     student = load(job.folder, torch.float32, **sharding)
     own = dtype if replicated else torch.float32
     trained = prepare_student(student, target, section, own, accelerator.device)
-    if not trained:
+    if section.train and not trained:
         raise MoeConvertError("The model has no tensor that the section trains.")
     if not section.dense_router and section.parallel != "experts":
         widen_experts(student, job.top_k, accelerator.device.type)
@@ -175,8 +175,8 @@ def _report(
         loss_last=position.loss_last,
         stopped_early=position.stopped_early,
         resumed_from=loop.resumed_from,
-        trained=list(section.train),
-        trained_params=sum(one.master.numel() for one in loop.models.stepper.trained),
+        trained=[*section.train, *(["biases"] if loop.models.biases else [])],
+        trained_params=sum(map(torch.Tensor.numel, loop.models.moved)),
         objective=section.objective.terms,
         data=job.data.name,
         num_processes=num_processes,

@@ -36,6 +36,11 @@ class Models:
     stepper: Stepper
     biases: list[tuple[str, torch.Tensor]] = field(default_factory=list)
 
+    @property
+    def moved(self) -> list[torch.Tensor]:
+        """Every tensor that a step changes."""
+        return [*(one.master for one in self.stepper.trained), *(bias for _, bias in self.biases)]
+
 
 class Step:
     """Takes the steps of a job; the host waits for the device once in each."""

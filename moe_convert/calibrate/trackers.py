@@ -61,14 +61,17 @@ def _finish_trackio(job: Job) -> None:
 
 @contextlib.contextmanager
 def logged(
-    job: Job, accelerator: Accelerator, watcher: Watcher
+    job: Job, accelerator: Accelerator, watcher: Watcher, done: int = 0
 ) -> Iterator[Callable[[StepRecord], None]]:
-    """Yield what a step is told to: the log, the trackers and whoever watches."""
+    """Yield what a step is told to: the log, the trackers and whoever watches.
+
+    The log goes on after the last checkpoint's step, or after `done` steps of finished layers.
+    """
     if not accelerator.is_main_process:
         yield lambda record: None
         return
     found = state.latest(job.folder, job.fingerprint) if job.resume else None
-    log = Log(job.folder, found[0].step if found else 0)
+    log = Log(job.folder, found[0].step if found else done)
     with tracked(job, accelerator) as track:
 
         def tell(record: StepRecord) -> None:

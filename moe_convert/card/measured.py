@@ -10,7 +10,7 @@ from moe_convert.manifest import CalibrationReport, Manifest
 from moe_convert.recipe import Recipe
 from moe_convert.units import num_params
 
-PARTS = {"router": "routers", "experts": "experts", "norms": "norms"}
+PARTS = {"router": "routers", "experts": "experts", "norms": "norms", "biases": "selection biases"}
 FITTED_ROUTERS = {"distill", "ridge", "representative"}
 """Initialisers that solve for rows on text."""
 

@@ -35,11 +35,16 @@ OWN = {
     "launcher": Annotated[
         str | None,
         typer.Option(
-            help="Start several processes: accelerate or torchrun, with its arguments after --.",
+            help="Start several processes: accelerate or torchrun, with its arguments after --; "
+            "auto or none (default): this process, or those of a launcher that started it.",
             rich_help_panel="Runtime",
         ),
     ],
 }
+DATA_HELP = (
+    "Text to learn from: a .txt, .jsonl or .parquet file, a glob, org/name on the Hub, or self, "
+    "which the source writes it (default: the conversion's if that is on the Hub, or self)."
+)
 SHARED = ("recipe", "set_", "token", "data", "text_field", "device")
 """Options of `upcycle` that mean the same here, beside those of its panel Calibration."""
 
@@ -63,6 +68,7 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
             typer.Argument(help="After --: arguments for the launcher.", metavar="[-- ARGS]"),
         ],
         **{name: CHOICES[name].annotation for name in _names()},
+        "data": CHOICES["data"]._replace(text=DATA_HELP).annotation,
         **OWN,
     }
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -87,7 +93,7 @@ def calibrate(output: Output, model: Path, arguments: list[str], values: dict[st
     from moe_convert.calibrating import Processes, calibrate_folder, calibration_request
 
     is_main = os.environ.get("RANK", "0") == "0"
-    launcher = values["launcher"] or "none"
+    launcher = "none" if values["launcher"] in {None, "auto"} else values["launcher"]
     processes = Processes(launcher, tuple(arguments))
     with alone(model) if is_main else contextlib.nullcontext():
         with output.progress() as progress:
@@ -115,12 +121,13 @@ def calibrate_result(output: Output, plan: Plan, manifest: Manifest) -> Manifest
         VerificationError: it diverged or missed a gate.
         InterruptedByUser: a checkpoint has been written.
     """
-    from moe_convert.calibrate.alone import alone
     from moe_convert.calibrating import calibrate_plan, calibrates, require_gates
     from moe_convert.manifest import load_manifest
 
     if not calibrates(plan):
         return manifest
+    from moe_convert.calibrate.alone import alone
+
     show = output.human and output.show_progress
     with alone(plan.output), output.progress() as progress:
         report = calibrate_plan(plan, output.err, show=show, progress=progress)

@@ -53,7 +53,7 @@ class Stepper:
     def __init__(
         self, trained: Sequence[Trained], section: Descent, steps: int, *, scaled: bool = False
     ) -> None:
-        """Make a group for every learning rate.
+        """Make a group for every learning rate, and an empty one where nothing is trained.
 
         With `scaled` losses are multiplied so that gradients in fp16 do not vanish; a step in which
         they overflow is left out, and the factor gets smaller.
@@ -66,14 +66,16 @@ class Stepper:
         for one in self.trained:
             factor = settings.router_factor if one.part == "router" else 1.0
             groups.setdefault(settings.lr * factor * one.rate, []).append(one.master)
+        groups = groups or {0.0: []}
         self._peaks = list(groups)
         self._cut = any(is_cut(one.master) for one in self.trained)
-        self._scaler = torch.amp.GradScaler(self.trained[0].master.device.type, enabled=scaled)
+        device = self.trained[0].master.device.type if self.trained else "cpu"
+        self._scaler = torch.amp.GradScaler(device, enabled=scaled)
         self._optimizer = torch.optim.AdamW(
             [{"params": tensors, "lr": rate} for rate, tensors in groups.items()],
             betas=settings.betas,
             weight_decay=settings.weight_decay,
-            fused=not self._cut,
+            fused=bool(self.trained) and not self._cut,
             foreach=False if self._cut else None,
         )
 
