@@ -18,7 +18,17 @@ from moe_convert import gradients
 from moe_convert.families import FAMILIES
 from moe_convert.ffn import FfnSample, Grouping, Neurons
 from moe_convert.gradients import spill_gradients
-from moe_convert.grouping import cmoe, expertweaver, gradient, graph, moefication, routers
+from moe_convert.grouping import (
+    cmoe,
+    contribution,
+    expertweaver,
+    fitted,
+    gradient,
+    graph,
+    learned,
+    moefication,
+    routers,
+)
 from tests.conftest import Dense
 from tests.tools import load
 
@@ -45,6 +55,11 @@ def toy(num_neurons: int, num_dims: int, num_tokens: int) -> tuple[Neurons, FfnS
     return neurons, FfnSample(x_TD, dense_TD, x_TD, ROW, lambda: gradient_TD)
 
 
+def kinds() -> torch.Tensor:
+    """Return which block every token of `planted` fires, int64 [T]."""
+    return torch.randint(EXPERTS, (64,), generator=draw(1)).repeat_interleave(ROW)
+
+
 def planted() -> tuple[Neurons, FfnSample, torch.Tensor]:
     """Return an FFN with blocks of neurons that fire on one kind of text each, and the blocks.
 
@@ -53,7 +68,7 @@ def planted() -> tuple[Neurons, FfnSample, torch.Tensor]:
     often, starts in every block.
     """
     block_F = torch.cat([torch.arange(EXPERTS).repeat(SIZE), torch.full((SHARED,), -1)])
-    kind_T = torch.randint(EXPERTS, (64,), generator=draw(1)).repeat_interleave(ROW)
+    kind_T = kinds()
     axes_DD = torch.linalg.qr(normal(12, 12, seed=2)).Q
     always_D, unused_D = axes_DD[EXPERTS], axes_DD[EXPERTS + 1]
     gate_FD = 6 * axes_DD[block_F] - 3 * always_D
@@ -79,6 +94,8 @@ STRATEGIES: dict[str, Strategy] = {
     "cmoe paper": lambda *args: cmoe.group(*args, rounds=3, distance="l2"),
     "expertweaver": expertweaver.group,
     "gradient": gradient.group,
+    "contribution": contribution.group,
+    "learned": learned.start,
 }
 
 
@@ -118,6 +135,107 @@ def test_planted_blocks_are_found(name: str) -> None:
     assert set(block_F[grouping.shared_N].tolist()) == {-1}
     found = {frozenset(row.tolist()) for row in block_F[grouping.routed_EN]}
     assert found == {frozenset({block}) for block in range(EXPERTS)}
+
+
+def test_the_neurons_that_contribute_most_are_shared() -> None:
+    """The largest mean of (|h|·‖w‖)², where neither the mean of |h| nor ‖w‖ alone gives them."""
+    neurons, sample = toy(24, 6, 200)
+    energies, opened, lengths = [], [], []
+    for gate_D, up_D, down_D in zip(neurons.gate_FD, neurons.up_FD, neurons.down_DF.T, strict=True):
+        hidden_T = torch.nn.functional.silu(sample.x_TD @ gate_D) * (sample.x_TD @ up_D)
+        opened.append(float(hidden_T.abs().mean()))
+        lengths.append(float(down_D.norm()))
+        energies.append(float((hidden_T.abs() * down_D.norm()).square().mean()))
+    shared = contribution.group(neurons, sample, 4, 8, 0).shared_N.tolist()
+    assert shared == largest(energies)
+    assert shared != largest(opened)
+    assert shared != largest(lengths)
+    energy_F, _ = contribution.describe(neurons, sample.x_TD)
+    torch.testing.assert_close(energy_F / 200, torch.tensor(energies), rtol=1e-4, atol=0)
+
+
+def largest(scores: list[float]) -> list[int]:
+    return sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:8])
+
+
+def test_neurons_are_described_by_what_least_squares_predicts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The described neurons' products are those of predictions and contributions themselves."""
+    neurons, sample = toy(24, 6, 200)
+    x_TD = sample.x_TD + 0.5
+    monkeypatch.setattr("moe_convert.grouping.parts.PORTION", 24 * 33)
+    _, predictor_DF = contribution.describe(neurons, x_TD)
+    value_TF = neurons.hidden(x_TD).abs() * neurons.down_DF.norm(dim=0)
+    value_TF = (value_TF - value_TF.mean(dim=0)).double()
+    predicted_TF = x_TD.double() @ ridge_solution(x_TD, value_TF, contribution.RIDGE)
+    expected_FF = value_TF.T @ predicted_TF
+    torch.testing.assert_close(
+        (predictor_DF.T @ predictor_DF).double(), expected_FF, rtol=1e-3, atol=1e-2
+    )
+
+
+def ridge_solution(x_TD: torch.Tensor, wanted_TX: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Solve [X; √λ I] · rows = [wanted; 0] by a direct solver in fp64."""
+    wide_TD = x_TD.double()
+    damping = ridge * float(wide_TD.square().sum(dim=0).mean())
+    below_DD = damping**0.5 * torch.eye(x_TD.shape[1], dtype=torch.float64)
+    none_DX = torch.zeros(x_TD.shape[1], wanted_TX.shape[1], dtype=torch.float64)
+    stacked, wanted = torch.cat([wide_TD, below_DD]), torch.cat([wanted_TX.double(), none_DX])
+    solution: torch.Tensor = torch.linalg.lstsq(stacked, wanted).solution
+    return solution
+
+
+def test_energies_are_the_squared_lengths_of_what_experts_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    neurons, sample = toy(20, 6, 50)
+    routed_EN = torch.randperm(20, generator=draw(0))[:15].view(3, 5)
+    monkeypatch.setattr("moe_convert.grouping.parts.PORTION", 15 * 7)
+    energy_TE = fitted.expert_energies(neurons, routed_EN, sample.x_TD)
+    assert energy_TE.shape == (50, 3)
+    for token, x_D in enumerate(sample.x_TD):
+        for expert, neurons_N in enumerate(routed_EN):
+            gate_N = torch.nn.functional.silu(neurons.gate_FD[neurons_N] @ x_D)
+            given_D = neurons.down_DF[:, neurons_N] @ (gate_N * (neurons.up_FD[neurons_N] @ x_D))
+            expected = float(given_D.square().sum())
+            assert float(energy_TE[token, expert]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_ridge_rows_predict_the_lengths_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TD, energy_TE = normal(300, 6, seed=1) + 0.5, normal(300, 4, seed=2).square()
+    monkeypatch.setattr(fitted, "TOKENS", 128)
+    expected_DE = ridge_solution(x_TD, energy_TE.sqrt(), fitted.RIDGE)
+    rows_ED = fitted.ridge_rows(energy_TE, x_TD)
+    torch.testing.assert_close(rows_ED.double(), expected_DE.T, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(rows_ED.double(), ridge_solution(x_TD, energy_TE, fitted.RIDGE).T)
+
+
+def test_fitted_routers_choose_the_expert_that_was_planted() -> None:
+    neurons, sample, block_F = planted()
+    routed_EN = torch.stack([(block_F == block).nonzero().flatten() for block in range(EXPERTS)])
+    energy_TE = fitted.expert_energies(neurons, routed_EN, sample.x_TD)
+    assert torch.equal(energy_TE.argmax(dim=1), kinds())
+    for rows_ED in (
+        fitted.ridge_rows(energy_TE, sample.x_TD),
+        fitted.distilled_rows(energy_TE, sample.x_TD, 0),
+    ):
+        assert rows_ED.shape == (EXPERTS, 12)
+        assert torch.equal((sample.x_TD @ rows_ED.T).argmax(dim=1), kinds())
+
+
+def test_distilled_rows_come_near_the_shares_of_the_energy() -> None:
+    """Nearly as near as a long descent over all tokens, by a seed, whatever else is drawn."""
+    x_TD, wanted_ED = normal(600, 6, seed=1), normal(4, 6, seed=2)
+    share_TE = (x_TD @ wanted_ED.T).softmax(dim=1)
+    energy_TE = 7.0 * share_TE * normal(600, 1, seed=3).square()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    rows_ED = fitted.distilled_rows(energy_TE, x_TD, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(fitted.distilled_rows(energy_TE, x_TD, 0), rows_ED)
+    centred_ED, expected_ED = (rows - rows.mean(dim=0) for rows in (rows_ED, wanted_ED))
+    torch.testing.assert_close(centred_ED, expected_ED, rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("num_shared", [0, 8])
