@@ -23,7 +23,7 @@ from moe_convert.data import (
 from moe_convert.edits import Refit
 from moe_convert.errors import UsageError
 from moe_convert.experts import Compose, Split
-from moe_convert.recipe import Recipe
+from moe_convert.recipe import MEASURED, Recipe
 from moe_convert.routers import Prompts, States
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 TOKENS_PER_NEURON = 4
 """How many tokens `refit` needs at least for each column that it solves for."""
+TOKENS_PER_EXPERT = 16
+"""How many a split made of data needs at least for each routed expert.
+
+Experts that get some tokens each can be told apart by more than chance. Good groups take far more.
+"""
 FITTED_TOKENS = 8192
 """Tokens at most to which a split is fitted whose hurt is measured layer by layer."""
 JUDGED_TOKENS = 2048
@@ -69,13 +74,13 @@ class Inputs:
     def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Evenly spaced rows to fit a trial to, and others, perhaps shorter, to judge it on.
 
-        Of little data an eighth of the rows is judged on; a single row serves for both.
+        Of little data an eighth of the rows is judged on. There must be two rows or more.
         """
         num_rows, length = self.data_BT.shape
         short = min(length, JUDGED_LENGTH)
         num_judged = max(1, min(JUDGED_TOKENS // short, num_rows // 8))
         judged = range(0, num_rows, num_rows // num_judged)[:num_judged]
-        others = [row for row in range(num_rows) if row not in judged] or [0]
+        others = [row for row in range(num_rows) if row not in judged]
         num_fitted = min(len(others), max(1, FITTED_TOKENS // length))
         fitted = others[:: len(others) // num_fitted][:num_fitted]
         return self.data_BT[fitted], self.data_BT[list(judged), :short]
@@ -123,7 +128,7 @@ def read_inputs(
             "centroid routers need.",
             "Give more text with --data.",
         )
-    _check_enough(recipe, shape, data_BT.numel())
+    _check_enough(recipe, shape, data_BT)
     if recipe.router.kind != "prompts":
         return Inputs(data_BT)
     tokenizer = tokenizer_of(folder, "router.init prompts")
@@ -137,14 +142,28 @@ def read_inputs(
     return inputs
 
 
-def _check_enough(recipe: Recipe, shape: MoeShape, num_tokens: int) -> None:
-    """Refuse data that least squares over all neurons would only repeat."""
-    needed = TOKENS_PER_NEURON * shape.dense_size
-    if any(isinstance(edit, Refit) for edit in recipe.experts.edits) and num_tokens < needed:
+def _check_enough(recipe: Recipe, shape: MoeShape, data_BT: torch.Tensor) -> None:
+    """Refuse data that say too little about neurons, experts or layers to decide by them."""
+    num_tokens, neurons = data_BT.numel(), TOKENS_PER_NEURON * shape.dense_size
+    if any(isinstance(edit, Refit) for edit in recipe.experts.edits) and num_tokens < neurons:
         raise UsageError(
             f"The data holds {num_tokens} tokens, and solving for {shape.dense_size} neurons needs "
-            f"{needed}, {TOKENS_PER_NEURON} for each.",
-            f"Give more text, set data.max_tokens to {needed} or more, or use --no-refit.",
+            f"{neurons}, {TOKENS_PER_NEURON} for each.",
+            f"Give more text, set data.max_tokens to {neurons} or more, or use --no-refit.",
+        )
+    num_experts = shape.without_nulls.num_experts
+    needed = TOKENS_PER_EXPERT * num_experts
+    if recipe.carves and num_tokens < needed:
+        raise UsageError(
+            f"The data holds {num_tokens} tokens, and a split into {num_experts} routed experts "
+            f"needs {needed}, {TOKENS_PER_EXPERT} for each.",
+            f"Give more text, or set data.max_tokens to {needed} or more.",
+        )
+    if recipe.target.layers == MEASURED and len(data_BT) < 2:
+        raise UsageError(
+            f"The data is one row of {num_tokens} tokens, and --layers auto needs another one, to "
+            "measure on what it did not fit.",
+            "Give more text, set a smaller data.seq_len, or choose layers by number.",
         )
 
 
@@ -179,6 +198,7 @@ def check_inputs(
             "leaves out.",
             "Leave --no-measure out.",
         )
+    _check_settings(recipe)
     if router.kind == "orthogonal" and wanted > hidden_size:
         raise UsageError(
             f"{wanted} rows of {hidden_size} numbers cannot all be at right angles.",
@@ -204,6 +224,21 @@ def check_inputs(
     users = recipe.data.train is not None or router.learns
     if users and folder is not None and recipe.data.hub is None:
         read_inputs(recipe, shape, vocab_size, folder, unwritten)
+
+
+def _check_settings(recipe: Recipe) -> None:
+    """Refuse what says how routers are measured where a split made of data does not ask."""
+    router = recipe.router
+    if recipe.carves and not router.measure:
+        raise UsageError(
+            "--no-measure has no effect: a split made of data measures its routers as it goes.",
+            "Leave --no-measure out.",
+        )
+    if router.fitted and not router.center:
+        raise UsageError(
+            f"router.center has no effect: {router.kind} routers are not drawn at random.",
+            "Leave it out, or use --router normal.",
+        )
 
 
 def _check_prompts(recipe: Recipe, wanted: int) -> None:

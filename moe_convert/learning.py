@@ -98,10 +98,11 @@ def learn(
 
     Raises:
         VerificationError: the loss is not finite.
+        UsageError: the earlier run was to take another number of steps, as on another device.
         KeyboardInterrupt: a signal asked to stop; a checkpoint has been written.
     """
     with products(device, plan.recipe.runtime.precision):
-        found = state.latest(folder, NAME)
+        found = state.latest(folder, _fingerprint(plan, device), _anew(folder))
         if found:
             tensors = {name: tensor.to(device) for name, tensor in found[1].items()}
             begun = Start(*(tensors[name] for name in KEPT))
@@ -115,6 +116,17 @@ def learn(
             model = whole(source.config, weights, device)
             run.train(Student(model, plan.layout.family, plan.shape.moe_layers), progress)
         return run.result
+
+
+def _fingerprint(plan: Plan, device: str) -> str:
+    """Return what tells a checkpoint: the folder is the plan's, and a device sets the steps."""
+    method = plan.recipe.experts
+    assert isinstance(method, Learned)
+    return f"{NAME} in {method.num_steps(gpu=device == 'cuda')} steps"
+
+
+def _anew(folder: Path) -> str:
+    return f"Go on where that run began (--device), or delete {folder} to start anew."
 
 
 def whole(config: Mapping[str, Any], weights: Weights, device: str) -> PreTrainedModel:
@@ -254,7 +266,7 @@ class _Run:
             Trained("router", "router", self._router_LED, self._router_LED),
         ]
         self._stepper = Stepper(trained, method, self.steps)
-        self.position = state.Position(fingerprint=NAME)
+        self.position = state.Position(fingerprint=_fingerprint(plan, device))
         self._labels_LN = torch.empty(0)
 
     def resume(self, position: state.Position, tensors: dict[str, torch.Tensor]) -> None:

@@ -99,7 +99,7 @@ def layer_maker(
 ) -> Maker:
     """Return what makes the layers of a plan; `writer` knows which of them are finished.
 
-    What must be learned on the whole model is learned here.
+    What must be learned on the whole model is learned here: nothing, if every expert is chosen.
 
     Raises:
         UsageError: the device is not there.
@@ -112,8 +112,8 @@ def layer_maker(
     def is_written(layer: int) -> bool:
         return writer.has(step_name(layer))
 
-    learned = None
-    if isinstance(plan.recipe.experts, Learned):
+    learned, chosen = None, plan.shape.top_k < plan.shape.num_experts
+    if isinstance(plan.recipe.experts, Learned) and chosen:
         from moe_convert.learning import learn
 
         learned = learn(plan, local, weights, inputs.data_BT, writer.folder, device, progress)

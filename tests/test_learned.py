@@ -16,6 +16,8 @@ import torch
 from moe_convert.checkpoint.replace import WORK
 from moe_convert.convert import convert
 from moe_convert.data import Data, token_ids
+from moe_convert.errors import UsageError
+from moe_convert.experts import Learned
 from moe_convert.ffn import Grouping
 from moe_convert.grouping.learned import (
     fires,
@@ -375,3 +377,34 @@ def test_an_interrupted_run_learns_nothing_twice(
     assert whole_run.split is not None
     assert resumed.split.learning == whole_run.split.learning
     assert not (tmp_path / "out" / WORK).exists()
+
+
+def test_a_run_of_another_length_is_not_taken_up(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the steps follow from the device, a plan that goes on elsewhere is another run."""
+    changes = {key: value for key, value in split.items() if key != "experts__steps"}
+    plan = planned(dense(), tmp_path / "out", **changes)
+    ids_BT = ids_of(dense(), split)
+    monkeypatch.setattr(Learned, "num_steps", lambda method, *, gpu: 4)
+    assert learned(plan, ids_BT, tmp_path).report.steps == 4
+    assert learned(plan, ids_BT, tmp_path).report.steps == 4
+    monkeypatch.setattr(Learned, "num_steps", lambda method, *, gpu: 2)
+    with pytest.raises(UsageError, match="a run with other settings") as found:
+        learned(plan, ids_BT, tmp_path)
+    assert "--device" in found.value.hint
+    assert str(tmp_path) in found.value.hint
+    assert "--no-resume" not in found.value.hint
+
+
+def test_nothing_is_learned_where_every_expert_is_chosen(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = list[int]()
+    monkeypatch.setattr(Stepper, "step", lambda stepper, number: steps.append(number))
+    changes = split | {"target__top_k": 3}
+    manifest = converted(dense(), tmp_path / "out", **changes)
+    assert manifest.exact
+    assert manifest.split is not None
+    assert manifest.split.learning is None
+    assert not steps

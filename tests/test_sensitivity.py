@@ -247,12 +247,13 @@ def test_the_rule(hurt: list[float], rule: Any, kept: tuple[int, ...]) -> None:
     assert stay_dense(hurt, rule) == kept
 
 
-@pytest.mark.parametrize("shape", [(64, 1024), (16, 64), (8, 64), (3, 64), (1, 64)])
+@pytest.mark.parametrize("shape", [(64, 1024), (16, 64), (8, 64), (3, 64), (2, 64)])
 def test_what_is_judged_was_not_fitted_to(shape: tuple[int, int]) -> None:
     data_BT = torch.arange(shape[0] * shape[1]).view(shape)
     fitted_BT, judged_BT = Inputs(data_BT).samples
-    if shape[0] > 1:
-        assert not set(fitted_BT[:, 0].tolist()) & set(judged_BT[:, 0].tolist())
+    assert not set(fitted_BT[:, 0].tolist()) & set(judged_BT[:, 0].tolist())
+    assert len(fitted_BT)
+    assert len(judged_BT)
     assert fitted_BT.numel() <= 8192
     assert judged_BT.numel() <= max(2048, shape[1])
     if shape == (64, 1024):
@@ -362,6 +363,12 @@ BAD: dict[str, tuple[str, dict[str, Any], str, str]] = {
         {},
         "mixtral cannot keep any layer dense",
         "Targets that can: .*glm4_moe",
+    ),
+    "one row": (
+        "qwen3_moe",
+        {"data__seq_len": 512, "data__max_tokens": 512},
+        "one row of 512 tokens, and --layers auto needs another",
+        "a smaller data.seq_len",
     ),
     "few layers": ("qwen3_moe", {"layers": 3}, "none of 3", "by number"),
 }

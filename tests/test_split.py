@@ -423,6 +423,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "representative": ({"router__init": "representative"}, "comes out of the strategy cmoe"),
     "grouped": ({"router__init": "grouped"}, "strategy gradient or learned"),
     "few tokens": ({"data__max_tokens": 256}, "256 tokens, and solving for 96 neurons needs 384"),
+    "not measured": ({"router__measure": False}, "--no-measure has no effect"),
+    "not centred": ({"router__center": False}, "center has no effect: distill routers are not"),
 }
 
 
@@ -436,6 +438,36 @@ def test_what_cannot_be_fitted_is_refused(
     with pytest.raises(UsageError, match=sentence):
         convert(planned(dense(), tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_too_few_tokens_for_the_experts_are_refused(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], strategy: str
+) -> None:
+    """Before anything is written, wherever data decide: in groups, or in routers alone."""
+    changes = {**split, "experts__strategy": strategy, "experts__edits": [], "data__seq_len": 21}
+    if STRATEGIES[strategy].needs == "nothing":
+        changes["router__init"] = "distill"
+    changes |= FEW.get(strategy, {})
+    with pytest.raises(UsageError, match=r"63 tokens, and a split into 4 .* needs 64, 16 "):
+        planned(dense(), tmp_path / "out", **{**changes, "data__max_tokens": 63})
+    with pytest.raises(UsageError, match="a split into 4"):
+        planned(
+            dense(), tmp_path / "out", **{**changes, "data__max_tokens": 16, "data__seq_len": 16}
+        )
+    changes |= {"data__seq_len": 16, "data__max_tokens": 64}
+    assert converted(dense(), tmp_path / "out", **changes).split is not None
+
+
+def test_what_centres_random_rows_has_an_effect_where_they_are_drawn(
+    dense: Dense, tmp_path: Path, split: dict[str, Any]
+) -> None:
+    changes = {**split, "experts__strategy": "random", "router__init": "normal"}
+    changes["experts__edits"] = [{"edit": "refit"}]
+    for center in (True, False):
+        converted(dense(), tmp_path / f"{center}", **changes, router__center=center)
+    one, other = (digest(tmp_path / f"{center}")[WEIGHTS] for center in (True, False))
+    assert one != other
 
 
 def test_random_groups_can_be_fitted_too(
@@ -474,24 +506,63 @@ def test_a_tokenizer_of_another_model_is_refused(
         converted(dense(vocab_size=200), tmp_path / "out", **changes)
 
 
+SOLVED: dict[str, Any] = {"experts__edits": [{"edit": "refit"}]}
+STEERED: dict[str, Any] = {"target__architecture": "glm4_moe", **SOLVED}
+ON_GPU: dict[str, dict[str, Any]] = {
+    **{
+        name: {"experts__strategy": name, **(FEW.get(name, {})), **SOLVED}
+        for name in STRATEGIES
+        if STRATEGIES[name].needs != "nothing"
+    },
+    **{
+        name: {"experts__strategy": name, "router__init": "ridge", **SOLVED}
+        for name in STRATEGIES
+        if STRATEGIES[name].needs == "nothing"
+    },
+    "tune": {"experts__edits": [{"edit": "tune"}, {"edit": "refit"}]},
+    "balance": {**STEERED, "router__balance": 0.1},
+    "threshold": {**STEERED, "router__select": "threshold"},
+    "layers auto": {**STEERED, "target__layers": "auto"},
+    "offload": {"runtime__offload_dir": "states", **SOLVED},
+}
+"""Whatever can be done on a GPU, by what is tried."""
+
+
+@pytest.mark.parametrize("case", list(ON_GPU))
 @pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="torch sees no CUDA device: NOTHING of the GPU path is tested here",
 )
-def test_a_gpu_finds_what_a_cpu_finds(dense: Dense, tmp_path: Path, split: dict[str, Any]) -> None:
-    """Close calls may go to another cluster, so errors are compared where groups are given."""
+def test_a_gpu_finds_what_a_cpu_finds(
+    dense: Dense, tmp_path: Path, text: str, split: dict[str, Any], case: str
+) -> None:
+    """Close calls may go to another cluster: only groups that are given are the same ones."""
+    changes, source = {**split, **ON_GPU[case]}, dense(num_hidden_layers=4)
+    if "runtime__offload_dir" in changes:
+        changes["runtime__offload_dir"] = str(tmp_path)
     found = {}
     for device in ("cpu", "cuda"):
         output = tmp_path / device
-        changes = {**split, "runtime__device": device, "experts__strategy": "random"}
-        edits = [{"edit": "refit"}]
-        manifest = converted(
-            dense(), output, **{**changes, "router__init": "ridge", "experts__edits": edits}
-        )
+        manifest = converted(source, output, **{**changes, "runtime__device": device})
         assert manifest.split is not None
-        found[device] = (manifest.split.stream_error, logits(output))
-    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-2)
-    assert difference(found["cuda"][1], found["cpu"][1]) < 0.05
+        assert manifest.routing is not None
+        ids_BT = ids_of(source, text)
+        with torch.no_grad():
+            told = loss(load(output)(ids_BT).logits, ids_BT)
+        found[device] = (manifest, manifest.split, manifest.routing, told, logits(output))
+    (one, split_one, routing_one, loss_one, logits_one), other = found["cpu"], found["cuda"]
+    same = STRATEGIES[changes.get("experts__strategy", "contribution")].needs == "nothing"
+    assert other[1].stream_error == pytest.approx(split_one.stream_error, rel=1e-2 if same else 0.3)
+    assert other[3] == pytest.approx(loss_one, rel=1e-3 if same else 2e-2)
+    assert other[2].tokens_sha256 == routing_one.tokens_sha256
+    for load_one, load_other in zip(routing_one.load, other[2].load, strict=True):
+        assert sorted(load_other) == pytest.approx(sorted(load_one), abs=0.01 if same else 0.15)
+    if routing_one.mean_k:
+        assert other[2].mean_k == pytest.approx(routing_one.mean_k, rel=0.05)
+    if one.sensitivity and other[0].sensitivity:
+        assert other[0].sensitivity.kl == pytest.approx(one.sensitivity.kl, rel=1.0)
+    if same:
+        assert difference(other[4], logits_one) < 0.05
 
 
 def mapped() -> list[str]:

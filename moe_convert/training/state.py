@@ -63,8 +63,10 @@ def save(folder: Path, position: Position, tensors: dict[str, torch.Tensor], kee
     return made
 
 
-def latest(folder: Path, fingerprint: str) -> tuple[Position, dict[str, torch.Tensor]] | None:
-    """Return the last checkpoint of this run; None if there is none.
+def latest(
+    folder: Path, fingerprint: str, hint: str = ""
+) -> tuple[Position, dict[str, torch.Tensor]] | None:
+    """Return the last checkpoint of this run; None if there is none. `hint` replaces errors' remedies.
 
     Raises:
         UsageError: it is of a run with other settings, data or weights, or cannot be read.
@@ -76,20 +78,19 @@ def latest(folder: Path, fingerprint: str) -> tuple[Position, dict[str, torch.Te
         position = Position.model_validate_json((found[-1] / STATE).read_text(encoding="utf-8"))
         tensors = load_file(found[-1] / TENSORS)
     except (OSError, ValidationError, json.JSONDecodeError, SafetensorError) as error:
-        raise unreadable(found[-1].name) from error
+        raise unreadable(found[-1].name, hint) from error
     if position.fingerprint != fingerprint:
         raise UsageError(
-            f"{folder.name} holds a checkpoint of a calibration with other settings, data or "
-            "weights.",
-            "Give the same options again, or start anew with --no-resume.",
+            f"{folder.name} holds a checkpoint of a run with other settings, data or weights.",
+            hint or "Give the same options again, or start anew with --no-resume.",
         )
     return position, tensors
 
 
-def unreadable(name: str) -> UsageError:
+def unreadable(name: str, hint: str = "") -> UsageError:
     """Return what to raise for a checkpoint that is not what was written."""
-    hint = "Remove it to go on at the one before, or start anew with --no-resume."
-    return UsageError(f"The checkpoint {name} is damaged.", hint)
+    usual = "Remove it to go on at the one before, or start anew with --no-resume."
+    return UsageError(f"The checkpoint {name} is damaged.", hint or usual)
 
 
 def discard(folder: Path) -> None:
