@@ -80,7 +80,7 @@ def sample(
     with torch.inference_mode():
         for position in range(1, uniform_BT.shape[1]):
             ids_B1 = torch.tensor(taken[-1], device=model.device)[:, None]
-            given = {} if cache is None else {name: cache}
+            given: dict[str, Any] = {} if cache is None else {name: cache}
             out = model(input_ids=ids_B1, use_cache=True, **given)
             cache = getattr(out, name) if position > 1 else _with_room(getattr(out, name))
             logits_BV = out.logits[:, -1, :num_tokens].float()

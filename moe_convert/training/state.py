@@ -66,7 +66,9 @@ def save(folder: Path, position: Position, tensors: dict[str, torch.Tensor], kee
 def latest(
     folder: Path, fingerprint: str, hint: str = ""
 ) -> tuple[Position, dict[str, torch.Tensor]] | None:
-    """Return the last checkpoint of this run; None if there is none. `hint` replaces errors' remedies.
+    """Return the last checkpoint of this run; None if there is none.
+
+    Errors end with `hint`, if it is given.
 
     Raises:
         UsageError: it is of a run with other settings, data or weights, or cannot be read.
