@@ -238,6 +238,13 @@ def test_distilled_rows_come_near_the_shares_of_the_energy() -> None:
     torch.testing.assert_close(centred_ED, expected_ED, rtol=0, atol=0.1)
 
 
+def test_every_token_counts_once_whatever_its_energy() -> None:
+    """Of tokens that look alike a quarter wants one expert, with a hundred times the energy."""
+    energy_TE = torch.tensor([[100.0, 0.0]] * 100 + [[0.0, 1.0]] * 300)
+    rows_ED = fitted.distilled_rows(energy_TE, torch.ones(400, 1), 0)
+    assert rows_ED.flatten().softmax(dim=0).tolist() == pytest.approx([0.25, 0.75], abs=0.05)
+
+
 @pytest.mark.parametrize("num_shared", [0, 8])
 def test_cmoe_gives_the_groups_of_a_literal_version(num_shared: int) -> None:
     neurons, sample = toy(40, 8, 400)
