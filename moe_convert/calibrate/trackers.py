@@ -56,7 +56,7 @@ def _finish_trackio(job: Job) -> None:
     if "trackio" in job.section.trackers:
         import trackio
 
-        trackio.finish()  # type: ignore[no-untyped-call]
+        trackio.finish()
 
 
 @contextlib.contextmanager
