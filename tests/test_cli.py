@@ -60,7 +60,7 @@ REFUSED: dict[str, tuple[Callable[[Dense, Path], Path], list[str], int, str]] = 
     "unknown router": (plain, ["--router", "zeroes"], 2, r"router\.init.*zeroes"),
     "router std zero": (plain, ["--router-std", "0"], 2, r"router\.logit_std"),
     "layer outside": (plain, ["--layers", "0,9"], 2, "layer 9 does not exist"),
-    "layers nonsense": (plain, ["--layers", "some"], 2, "neither all, nor a slice"),
+    "layers nonsense": (plain, ["--layers", "some"], 2, "neither all, nor auto, nor a slice"),
     "no layer": (plain, ["--layers", "3:"], 2, "chooses no layer"),
     "bad dtype": (plain, ["--dtype", "int8"], 2, r"target\.dtype"),
     "bad shard size": (plain, ["--max-shard-size", "5 apples"], 2, "no size"),
