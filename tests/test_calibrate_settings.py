@@ -19,9 +19,9 @@ import torch
 from accelerate import Accelerator
 
 from moe_convert.calibrate.alone import share
-from moe_convert.calibrate.hidden import Layers, used_rows
 from moe_convert.calibrate.job import JOB
 from moe_convert.calibrate.launch import asked_for
+from moe_convert.calibrate.layers import Layers, used_rows
 from moe_convert.calibrate.panel import lines
 from moe_convert.calibration import Calibration, check, exact_objective, resolved
 from moe_convert.calibration import Made as Conversion

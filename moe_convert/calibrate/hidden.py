@@ -9,33 +9,22 @@ T tokens · D hidden size · E routed experts
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
+from moe_convert.calibrate.finished import Done, keep, kept
 from moe_convert.calibrate.job import Job
-from moe_convert.calibrate.models import modules_of, target_of
+from moe_convert.calibrate.layers import Layers
 from moe_convert.calibrate.report import StepRecord
 from moe_convert.calibrate.watch import Watch
 from moe_convert.calibration import PARTS, Part, patterns
-from moe_convert.checkpoint import open_source, read_folder
-from moe_convert.checkpoint.names import full_config, loaded_names
-from moe_convert.checkpoint.replace import WORK
-from moe_convert.checkpoint.source import read_config
-from moe_convert.errors import UsageError, VerificationError
-from moe_convert.families import find_family, layer_name
+from moe_convert.errors import VerificationError
 from moe_convert.ffn import Weight
 from moe_convert.losses import hidden_error, load_balance, max_violation, num_dead, router_z
-from moe_convert.streams import ConvertedStream, skeleton
 from moe_convert.training.batches import order
 from moe_convert.training.optimizer import Stepper, Trained
 
@@ -44,114 +33,7 @@ if TYPE_CHECKING:
 
     from moe_convert.targets import MoeTarget
 
-HINT = "Give the same options again, or start anew with --no-resume."
-Weights = Mapping[str, Weight]
 Tell = Callable[[StepRecord], None]
-
-
-@dataclass
-class Done:
-    """The trained tensors by their names on disk, and each layer's first and last error."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    first: list[float] = field(default_factory=list)
-    last: list[float] = field(default_factory=list)
-    resumed_from: int | None = None
-
-
-def check_hidden(job: Job) -> None:
-    """Refuse what cannot be trained layer by layer.
-
-    Raises:
-        UsageError: with the reason.
-    """
-    target = target_of(job.folder)
-    if not target.stock or "." not in target.router_module or _is_wrapped(job.folder):
-        raise UsageError(
-            f"The hidden objective needs an FFN module of its own, and {target.model_type} has "
-            "none that can be run by itself.",
-            "Use --objective distill.",
-        )
-
-
-def _is_wrapped(folder: Path) -> bool:
-    return "text_config" in read_config(folder / "config.json")
-
-
-class Layers:
-    """Both checkpoints, read a layer at a time; every process streams a share of the rows."""
-
-    def __init__(self, job: Job, rows_BT: torch.Tensor, accelerator: Accelerator) -> None:
-        """Embed the rows; nothing of a layer is read yet."""
-        self.job, self.target = job, target_of(job.folder)
-        self.num_given, used = len(rows_BT), used_rows(job, len(rows_BT))
-        self.places = {row: place for place, row in enumerate(used)}
-        rows_BT = rows_BT[used]
-        self.accelerator, self._num_rows = accelerator, len(rows_BT)
-        own = range(accelerator.process_index, len(rows_BT), accelerator.num_processes)
-        rows_BT = rows_BT[[*own] or [0]]
-        config = read_config(job.folder / "config.json")
-        self._weights = {n: ref.weight() for n, ref in read_folder(job.folder).items()}
-        self._names = loaded_names(full_config(config), self._weights)
-        around = {n: w for n, w in self._weights.items() if _layer_of(n) is None}
-        source = open_source(str(job.dense))
-        self._family, _ = find_family(source.config)
-        tables = self._family.token_tables
-        with torch.no_grad():
-            self.stream = ConvertedStream(config, around, rows_BT, job.device, tables)
-        self._dense = {name: ref.weight() for name, ref in source.tensors.items()}
-        self._dense_model = skeleton(source.config)
-
-    @property
-    def numbers(self) -> list[int]:
-        """The numbers of all decoder layers."""
-        return sorted({n for n in map(_layer_of, self._weights) if n is not None})
-
-    def tensors(self, layer: int) -> tuple[Weights, Weights]:
-        """Return a layer's tensors as they are stored: those outside its FFN, and the FFN's."""
-        top = (self.target.router_module.split(".")[0], "shared_mlp")
-        parts: tuple[dict[str, Weight], dict[str, Weight]] = ({}, {})
-        for name, weight in self._weights.items():
-            if _layer_of(name) == layer:
-                inside = re.split(rf"\.{layer}\.", self._names.get(name, name), maxsplit=1)[-1]
-                parts[inside.split(".")[0] in top][name] = weight
-        return parts
-
-    def received(self, layer: int) -> torch.Tensor:
-        """Return what the FFN of a layer receives for all rows, those of other processes too."""
-        outside, _ = self.tensors(layer)
-        with torch.no_grad():
-            x_BTD = self.stream.enter(layer, outside).unflatten(0, (-1, self.job.width))
-        world = self.accelerator.num_processes
-        if world == 1:
-            return x_BTD
-        share = -(-self._num_rows // world)
-        padded_BTD = torch.cat([x_BTD, x_BTD[:1].expand(share - len(x_BTD), -1, -1)])
-        whole_BTD = self.accelerator.gather(padded_BTD).unflatten(0, (world, share))
-        return whole_BTD.transpose(0, 1).flatten(0, 1)[: self._num_rows]
-
-    def dense_ffn(self, layer: int) -> torch.nn.Module:
-        """Return the dense FFN of a layer, in fp32."""
-        path = f"{self._family.layers}.{layer}.{self._family.ffn_module}"
-        prefix = layer_name(layer, f"{self._family.ffn_module}.")
-        module: torch.nn.Module = self._dense_model.get_submodule(path)
-        state = {
-            name.removeprefix(prefix): weight.load().float().to(self.job.device)
-            for name, weight in self._dense.items()
-            if name.startswith(prefix)
-        }
-        module.load_state_dict(state, assign=True)
-        return module
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The converted model, all but empty."""
-        return self.stream._model
-
-
-def _layer_of(name: str) -> int | None:
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else None
 
 
 def train_hidden(job: Job, rows_BT: torch.Tensor, accelerator: Accelerator, tell: Tell) -> Done:
@@ -163,15 +45,13 @@ def train_hidden(job: Job, rows_BT: torch.Tensor, accelerator: Accelerator, tell
         VerificationError: the error of a layer is not finite, or grows.
     """
     layers, done = Layers(job, rows_BT, accelerator), Done()
-    routers = modules_of(layers.model, layers.target.router_module)
-    numbers = [number for number in map(_layer_of, (f".{n}." for n, _ in routers))]
-    moe_layers = [number for number in numbers if number is not None]
+    moe_layers = layers.moe_layers
     for layer in layers.numbers:
         outside, inside = layers.tensors(layer)
         trained: dict[str, torch.Tensor] = {}
         if layer in moe_layers:
             index = moe_layers.index(layer)
-            trained = _kept(job, layer, done) or _train_layer(
+            trained = kept(job, layer, done) or _train_layer(
                 layers, layer, (index, len(moe_layers)), done, tell
             )
             done.tensors |= trained
@@ -179,55 +59,6 @@ def train_hidden(job: Job, rows_BT: torch.Tensor, accelerator: Accelerator, tell
         with torch.no_grad():
             layers.stream.leave(layer, {**outside, **inside, **new})
     return done
-
-
-def _path(job: Job, layer: int) -> Path:
-    return job.folder / WORK / f"layer-{layer:05d}.safetensors"
-
-
-def num_finished(job: Job) -> int:
-    """Return how many layers an earlier run of this job has trained.
-
-    Raises:
-        UsageError: they are of a run with other settings, data or weights, or cannot be read.
-    """
-    paths = sorted((job.folder / WORK).glob("layer-*.safetensors")) if job.resume else []
-    for path in paths:
-        if _about(path)["fingerprint"] != job.fingerprint:
-            raise UsageError(
-                f"{job.folder.name} holds layers of a calibration with other settings, data or "
-                "weights.",
-                HINT,
-            )
-    return len(paths)
-
-
-def _about(path: Path) -> dict[str, Any]:
-    """Return what is written beside the tensors of a finished layer."""
-    try:
-        with safe_open(path, "pt") as file:
-            found: dict[str, Any] = json.loads(file.metadata()["run"])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise UsageError(f"The finished layer {path.name} cannot be read.", HINT) from error
-    return found
-
-
-def _kept(job: Job, layer: int, done: Done) -> dict[str, torch.Tensor]:
-    """Return what an earlier run made of a layer; nothing if it did not get there."""
-    path = _path(job, layer)
-    if not job.resume or not path.is_file():
-        return {}
-    found = _about(path)
-    done.first.append(found["first"])
-    done.last.append(found["last"])
-    done.resumed_from = len(done.last) * job.steps
-    return dict(load_file(path))
-
-
-def used_rows(job: Job, num_rows: int) -> list[int]:
-    """Return the rows that the steps of a layer get to, in rising order; others are left out."""
-    count = min(num_rows, job.steps * job.batch_size)
-    return sorted(order(num_rows, 0, count, job.section.seed))
 
 
 def _train_layer(
@@ -250,17 +81,8 @@ def _train_layer(
     done.first.append(run.first)
     done.last.append(run.last)
     if layers.accelerator.is_main_process:
-        _keep(job, layer, stored, run)
+        keep(job, layer, stored, done)
     return stored
-
-
-def _keep(job: Job, layer: int, stored: dict[str, torch.Tensor], run: _Run) -> None:
-    """Write what was made of a layer, whole or not at all."""
-    found = {"fingerprint": job.fingerprint, "first": run.first, "last": run.last}
-    partial = _path(job, layer).with_suffix(".partial")
-    partial.parent.mkdir(exist_ok=True)
-    save_file(stored, partial, {"run": json.dumps(found)})
-    partial.replace(_path(job, layer))
 
 
 def _trained(job: Job, target: MoeTarget, ffns: Mapping[str, torch.nn.Module]) -> Iterator[Trained]:

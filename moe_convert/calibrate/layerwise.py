@@ -10,8 +10,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_convert.calibrate.hidden import check_hidden, num_finished, train_hidden
+from moe_convert.calibrate.finished import num_finished
+from moe_convert.calibrate.hidden import train_hidden
 from moe_convert.calibrate.job import Job
+from moe_convert.calibrate.layers import check_hidden
 from moe_convert.calibrate.measure import measure
 from moe_convert.calibrate.models import load, load_teacher, target_of
 from moe_convert.calibrate.report import Watcher
