@@ -803,13 +803,54 @@ def test_layers_learn_the_dense_output_by_themselves(
     load_strictly(folder)
 
 
+@pytest.mark.parametrize(
+    ("killed_at", "kept"), [(2, None), (4, 2), (5, 4), (7, 6), (8, 6)], ids=str
+)
 def test_a_killed_layer_wise_run_ends_with_the_same_bytes(
-    copy: Made, calibrated: Callable[..., CalibrationReport]
+    copy: Made, calibrated: Callable[..., CalibrationReport], killed_at: int, kept: int | None
+) -> None:
+    """It goes on inside a layer, at the last checkpoint, and both runs report the same."""
+    whole, cut = copy("whole", **SPLIT), copy("cut", **SPLIT)
+    expected = calibrated(whole, **HIDDEN)
+    with pytest.raises(RuntimeError, match="killed"):
+        calibrated(cut, Stop(killed_at), **HIDDEN)
+    report = calibrated(cut, **HIDDEN)
+    assert report == expected.model_copy(update={"resumed_from": kept})
+    assert tensors(cut) == tensors(whole)
+    log = (cut / "calibration.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("stopped_at", [5, 8], ids=["inside a layer", "at its end"])
+def test_an_interrupted_layer_loses_no_step(
+    copy: Made, calibrated: Callable[..., CalibrationReport], stopped_at: int
 ) -> None:
     whole, cut = copy("whole", **SPLIT), copy("cut", **SPLIT)
+    settings = {**HIDDEN, "save_every": 100}
+    calibrated(whole, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(cut, Stop(stopped_at, signal.SIGINT), **settings)
+    names = ["layer-00000.safetensors", f"step-{stopped_at:08d}"]
+    assert sorted(path.name for path in (cut / WORK).iterdir()) == names
+    assert calibrated(cut, **settings).resumed_from == stopped_at
+    assert tensors(cut) == tensors(whole)
+
+
+def test_a_layer_outlives_its_checkpoints(
+    copy: Made, calibrated: Callable[..., CalibrationReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed after it had kept a layer, and before that layer's checkpoints were gone."""
+    whole, cut = copy("whole", **SPLIT), copy("cut", **SPLIT)
     calibrated(whole, **HIDDEN)
+
+    def killed(folder: Path) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("moe_convert.training.state.discard_steps", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        calibrated(cut, Stop(7), **HIDDEN)
+        calibrated(cut, **HIDDEN)
+    monkeypatch.undo()
+    assert (cut / WORK / "step-00000004").is_dir()
     assert calibrated(cut, **HIDDEN).resumed_from == 4
     assert tensors(cut) == tensors(whole)
 

@@ -172,7 +172,7 @@ def test_an_interrupt_while_measuring_loses_no_step(copy: Made, calibrated: Cali
 def test_a_checkpoint_is_due_after_some_time(
     copy: Made, calibrated: Calibrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_convert.calibrate.loop.SAVE_S", 0.0)
+    monkeypatch.setattr("moe_convert.calibrate.saving.SAVE_S", 0.0)
     folder = copy(**NOISY)
     with pytest.raises(RuntimeError, match="killed"):
         calibrated(folder, Stop(4), save_every=100)

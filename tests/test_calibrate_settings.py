@@ -234,7 +234,7 @@ def test_finished_layers_are_logged_once_and_are_of_this_run(
         calibrated(folder, **HIDDEN)
     layer.write_bytes(whole)
     report = calibrated(folder, **HIDDEN)
-    assert report.resumed_from == 3
+    assert report.resumed_from == 4
     assert report.tokens == 3 * 4 * 32
     log = (folder / "calibration.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["step"] for line in log] == list(range(1, report.steps + 1))

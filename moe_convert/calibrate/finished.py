@@ -1,4 +1,7 @@
-"""Layers that are trained, each in a file of its own below the folder until all of them are."""
+"""How far a layer-wise run has got: trained layers, a file each, and checkpoints of the next one.
+
+Steps are counted over all layers, so that the number of a checkpoint says of which layer it is.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from moe_convert.calibrate.job import Job
 from moe_convert.checkpoint.replace import WORK
 from moe_convert.errors import UsageError
+from moe_convert.training import state
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +55,31 @@ def num_finished(job: Job) -> int:
     return len(paths)
 
 
+def num_done(job: Job) -> int:
+    """Return how many steps, of all layers, an earlier run of this job has taken and kept.
+
+    Raises:
+        UsageError: they are of a run with other settings, data or weights, or cannot be read.
+    """
+    finished = num_finished(job)
+    position = state.reached(job.folder, job.fingerprint) if job.resume else None
+    inside = position is not None and _is_inside(job, position, finished)
+    return position.step if position and inside else finished * job.steps
+
+
+def begun(job: Job, index: int) -> tuple[state.Position, dict[str, torch.Tensor]] | None:
+    """Return the last checkpoint of a MoE layer; None if an earlier run did not get there.
+
+    One that is of the layer before has been outlived by what was kept of that.
+    """
+    found = state.latest(job.folder, job.fingerprint) if job.resume else None
+    return found if found and _is_inside(job, found[0], index) else None
+
+
+def _is_inside(job: Job, position: state.Position, index: int) -> bool:
+    return 0 < position.step - index * job.steps <= job.steps
+
+
 def _about(path: Path) -> dict[str, Any]:
     """Return what is written beside the tensors of a finished layer."""
     try:
@@ -74,9 +103,10 @@ def kept(job: Job, layer: int, done: Done) -> dict[str, torch.Tensor]:
 
 
 def keep(job: Job, layer: int, stored: dict[str, torch.Tensor], done: Done) -> None:
-    """Write what was made of a layer, whole or not at all."""
+    """Write what was made of a layer, whole or not at all; its checkpoints go."""
     found = {"fingerprint": job.fingerprint, "first": done.first[-1], "last": done.last[-1]}
     partial = _path(job, layer).with_suffix(".partial")
     partial.parent.mkdir(exist_ok=True)
     save_file(stored, partial, {"run": json.dumps(found)})
     partial.replace(_path(job, layer))
+    state.discard_steps(job.folder)

@@ -2,7 +2,8 @@
 
 The layers are trained one after the other, each on the states that the trained ones before it give,
 so that one layer of each model is in memory and nothing is propagated through others. A finished
-layer is kept on disk; a run that was killed goes on behind it.
+layer is kept on disk, and so are checkpoints of the one that is trained, so that a run that was
+killed goes on where it wrote the last of them.
 
 T tokens · D hidden size · E routed experts
 """
@@ -16,17 +17,20 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from moe_convert.calibrate.finished import Done, keep, kept
+from moe_convert.calibrate.finished import Done, begun, keep, kept
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.layers import Layers
 from moe_convert.calibrate.report import StepRecord
+from moe_convert.calibrate.saving import Saving
 from moe_convert.calibrate.watch import Watch
 from moe_convert.calibration import PARTS, Part, patterns
 from moe_convert.errors import VerificationError
 from moe_convert.ffn import Weight
 from moe_convert.losses import hidden_error, load_balance, max_violation, num_dead, router_z
+from moe_convert.training import state
 from moe_convert.training.batches import order
 from moe_convert.training.optimizer import Stepper, Trained
+from moe_convert.training.stopping import stop_signal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +47,7 @@ def train_hidden(job: Job, rows_BT: torch.Tensor, accelerator: Accelerator, tell
 
     Raises:
         VerificationError: the error of a layer is not finite, or grows.
+        KeyboardInterrupt: a signal asked to stop; a checkpoint has been written.
     """
     layers, done = Layers(job, rows_BT, accelerator), Done()
     moe_layers = layers.moe_layers
@@ -69,12 +74,12 @@ def _train_layer(
     x_BTD = layers.received(layer)
     ffns = stream.ffns(layer, layers.tensors(layer)[1])
     stepper = Stepper(list(_trained(job, layers.target, ffns)), job.section, job.steps)
-    run = _Run(job, layers, layer, ffns, stepper)
-    for step in range(job.steps):
-        taken = order(layers.num_given, step * job.batch_size, job.batch_size, job.section.seed)
-        rows = [layers.places[row] for row in taken]
-        share = rows[layers.accelerator.process_index :: layers.accelerator.num_processes]
-        tell(run.step(x_BTD[share], step, place))
+    run = _Run(layers, layer, place, ffns, stepper)
+    found = begun(job, place[0])
+    if found:
+        run.resume(*found)
+        done.resumed_from = run.position.step
+    run.train(x_BTD, tell)
     named = {one.name: one.master.detach() for one in stepper.trained}
     stored = revert_weight_conversion(layers.model, named)
     stored = {name: tensor.to("cpu").contiguous() for name, tensor in stored.items()}
@@ -101,27 +106,60 @@ def _trained(job: Job, target: MoeTarget, ffns: Mapping[str, torch.nn.Module]) -
 
 
 class _Run:
-    """The steps of one layer."""
+    """The steps of one layer, of which the position counts those of the layers before as well."""
 
     def __init__(
         self,
-        job: Job,
         layers: Layers,
         layer: int,
+        place: tuple[int, int],
         ffns: Mapping[str, torch.nn.Module],
         stepper: Stepper,
     ) -> None:
-        self._job, self._layer, self._ffns, self._stepper = job, layer, ffns, stepper
+        self._job, self._layers, self._layer = layers.job, layers, layer
+        self._ffns, self._stepper = ffns, stepper
         self._accelerator = layers.accelerator
         self._dense = layers.dense_ffn(layer)
-        self._watch = Watch(layers.model, layers.target, job.top_k, job.null_experts)
-        assert job.section.objective is not None
-        self._weights = job.section.objective.terms
+        self._watch = Watch(layers.model, layers.target, self._job.top_k, self._job.null_experts)
+        assert self._job.section.objective is not None
+        self._weights = self._job.section.objective.terms
+        self._before, self._steps = (count * self._job.steps for count in place)
+        self.position = state.Position(fingerprint=self._job.fingerprint, step=self._before)
         self.first = self.last = float("nan")
 
-    def step(self, x_BTD: torch.Tensor, number: int, place: tuple[int, int]) -> StepRecord:
+    def resume(self, position: state.Position, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on where a checkpoint of this layer was written."""
+        try:
+            self._stepper.restore(tensors)
+        except KeyError as error:
+            raise state.unreadable(position.name) from error
+        assert position.loss_first is not None
+        assert position.loss_last is not None
+        self.position, self.first, self.last = position, position.loss_first, position.loss_last
+
+    def train(self, x_BTD: torch.Tensor, tell: Tell) -> None:
+        """Take the steps that are left, with checkpoints between them.
+
+        Raises:
+            VerificationError: the error is not finite, or grows.
+            KeyboardInterrupt: a signal asked to stop; a checkpoint has been written.
+        """
+        saving = Saving(self._job, self._accelerator, self.position.step)
+        with stop_signal() as stop:
+            for number in range(self.position.step - self._before, self._job.steps):
+                tell(self._step(x_BTD[self._rows(number)], number))
+                saving.after(self.position, self._stepper.tensors, stop=stop.is_set())
+
+    def _rows(self, number: int) -> list[int]:
+        """Return this process's share of a batch, as places among the rows that are streamed."""
+        size, accelerator = self._job.batch_size, self._accelerator
+        taken = order(self._layers.num_given, number * size, size, self._job.section.seed)
+        rows = [self._layers.places[row] for row in taken]
+        return rows[accelerator.process_index :: accelerator.num_processes]
+
+    def _step(self, x_BTD: torch.Tensor, number: int) -> StepRecord:
         """Take one step with this process's share of a batch and say how it went."""
-        started, (index, num_layers) = time.monotonic(), place
+        started, position = time.monotonic(), self.position
         values, counts_E = self._moved(x_BTD, number)
         terms = dict(zip(self._weights, values[1:], strict=True))
         loss = self.last = sum(weight * terms[name] for name, weight in self._weights.items())
@@ -129,11 +167,13 @@ class _Run:
             self.first = loss
         self._judge(number)
         tokens = self._job.batch_size * self._job.width
-        done = index * self._job.steps + number + 1
+        position.step += 1
+        position.tokens = (number + 1) * tokens
+        position.loss_first, position.loss_last = self.first, self.last
         return StepRecord(
-            step=done,
-            steps=num_layers * self._job.steps,
-            tokens=(number + 1) * tokens,
+            step=position.step,
+            steps=self._steps,
+            tokens=position.tokens,
             loss=loss,
             terms=terms,
             lr=self._stepper.lr,

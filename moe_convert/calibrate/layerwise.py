@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moe_convert.calibrate.finished import num_finished
+from moe_convert.calibrate.finished import num_done
 from moe_convert.calibrate.hidden import train_hidden
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.layers import check_hidden
@@ -35,11 +35,11 @@ def run_hidden(
     the means over layers of their first and last errors.
     """
     check_hidden(job)
-    finished = num_finished(job)
+    steps_done = num_done(job)
     rows_BT, held_BT = ids_BT[: -job.num_held], ids_BT[-job.num_held :]
     before = _measured(job, held_BT, {}, accelerator, watcher, "before")
     with clearing(job, accelerator):
-        with logged(job, accelerator, watcher, finished * job.steps) as tell:
+        with logged(job, accelerator, watcher, steps_done) as tell:
             done = train_hidden(job, rows_BT, accelerator, tell)
         after = _measured(job, held_BT, done.tensors, accelerator, watcher, "after")
         judge_result(job, before, after, done.tensors.values())

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.report import StepRecord
+from moe_convert.calibrate.saving import Saving
 from moe_convert.calibrate.step import Models, Step
 from moe_convert.errors import VerificationError
 from moe_convert.losses import max_violation, num_dead
@@ -20,13 +19,12 @@ from moe_convert.training import state
 from moe_convert.training.stopping import stop_signal
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 SMOOTHING = 0.9
 MIN_LOSS = 0.1
 """Nats below which a first loss is not taken as the measure of a diverging one."""
-SAVE_S = 300.0
-"""Seconds after which a checkpoint is due, however few steps they were."""
 
 
 class Loop:
@@ -41,7 +39,7 @@ class Loop:
         tell: Callable[[StepRecord], None],
     ) -> None:
         """Take up the last checkpoint, if the job resumes and there is one."""
-        self.job, self.models, self._accelerator, self._tell = job, models, accelerator, tell
+        self.job, self.models, self._tell = job, models, tell
         self._rows_BT, self._section = rows_BT, job.section
         self._step = Step(job, rows_BT, models, accelerator)
         self.position = state.Position(fingerprint=job.fingerprint)
@@ -49,7 +47,7 @@ class Loop:
         found = state.latest(job.folder, job.fingerprint) if job.resume else None
         if found:
             self._resume(*found)
-        self._saved = (self.position.step, time.monotonic())
+        self._saving = Saving(job, accelerator, self.position.step)
 
     def _resume(self, position: state.Position, tensors: dict[str, torch.Tensor]) -> None:
         """Go on where a checkpoint was written."""
@@ -73,19 +71,8 @@ class Loop:
                 started = time.monotonic()
                 sums = self._step.take(self.position.step)
                 self._after(sums, time.monotonic() - started)
-                stopped, due = self._everywhere(stop.is_set(), self._due)
-                if stopped or due:
-                    self._save()
-                if stopped:
-                    raise KeyboardInterrupt
-            if self.position.step > self._saved[0]:
-                self._save()
-
-    @property
-    def _due(self) -> bool:
-        """Whether it is time for a checkpoint."""
-        late = time.monotonic() - self._saved[1] > SAVE_S
-        return late or self.position.step % self._section.save_every == 0
+                self._saving.after(self.position, self._tensors, stop=stop.is_set())
+            self._saving.save(self.position, self._tensors)
 
     def _after(self, sums: torch.Tensor, seconds: float) -> None:
         """Record a step and judge it."""
@@ -140,17 +127,7 @@ class Loop:
         """What else may help: fp16 ends at 65,504, and activations may not."""
         return "bf16, or " if self._section.mixed_precision == "fp16" else ""
 
-    def _everywhere(self, *wishes: bool) -> list[bool]:
-        """Return which wishes any process has."""
-        if self._accelerator.num_processes == 1:
-            return list(wishes)
-        flags = torch.tensor(wishes, dtype=torch.float32, device=self._accelerator.device)
-        return [count > 0 for count in self._accelerator.reduce(flags, "sum").tolist()]
-
-    def _save(self) -> None:
-        """Write a checkpoint, from the main process."""
-        tensors = self.models.stepper.tensors()
-        tensors |= {f"bias/{name}": bias for name, bias in self.models.biases}
-        if self._accelerator.is_main_process:
-            state.save(self.job.folder, self.position, tensors, self._section.keep)
-        self._saved = (self.position.step, time.monotonic())
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Return what a checkpoint holds; every process must ask."""
+        biases = {f"bias/{name}": bias for name, bias in self.models.biases}
+        return self.models.stepper.tensors() | biases

@@ -60,7 +60,8 @@ def run(job: Job, ids_BT: torch.Tensor, watcher: Watcher | None = None) -> Calib
     rows_BT, held_BT = ids_BT[: -job.num_held], ids_BT[-job.num_held :].to(accelerator.device)
     before = _beside_teacher(job, models, held_BT, watcher, "before")
     with clearing(job, accelerator):
-        with logged(job, accelerator, watcher) as tell:
+        found = state.reached(job.folder, job.fingerprint) if job.resume else None
+        with logged(job, accelerator, watcher, found.step if found else 0) as tell:
             if _computes_twice(job, models, rows_BT[:1], accelerator, watcher):
                 compute_twice(models.student)
             loop = Loop(job, rows_BT, models, accelerator, tell)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from moe_convert.calibrate.report import Log, StepRecord, Watcher
 from moe_convert.calibration import TRACKERS
 from moe_convert.errors import MissingDependencyError
-from moe_convert.training import state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,17 +60,16 @@ def _finish_trackio(job: Job) -> None:
 
 @contextlib.contextmanager
 def logged(
-    job: Job, accelerator: Accelerator, watcher: Watcher, done: int = 0
+    job: Job, accelerator: Accelerator, watcher: Watcher, done: int
 ) -> Iterator[Callable[[StepRecord], None]]:
     """Yield what a step is told to: the log, the trackers and whoever watches.
 
-    The log goes on after the last checkpoint's step, or after `done` steps of finished layers.
+    The log goes on after the `done` steps of an earlier run.
     """
     if not accelerator.is_main_process:
         yield lambda record: None
         return
-    found = state.latest(job.folder, job.fingerprint) if job.resume else None
-    log = Log(job.folder, found[0].step if found else done)
+    log = Log(job.folder, done)
     with tracked(job, accelerator) as track:
 
         def tell(record: StepRecord) -> None:

@@ -73,20 +73,34 @@ def latest(
     Raises:
         UsageError: it is of a run with other settings, data or weights, or cannot be read.
     """
+    position = reached(folder, fingerprint, hint)
+    if position is None:
+        return None
+    try:
+        return position, load_file(_found(folder)[-1] / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise unreadable(position.name, hint) from error
+
+
+def reached(folder: Path, fingerprint: str, hint: str = "") -> Position | None:
+    """Return where the last checkpoint of this run stands, without its tensors.
+
+    Raises:
+        UsageError: as `latest`, but for tensors that cannot be read.
+    """
     found = _found(folder)
     if not found:
         return None
     try:
         position = Position.model_validate_json((found[-1] / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(found[-1] / TENSORS)
-    except (OSError, ValidationError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValidationError, json.JSONDecodeError) as error:
         raise unreadable(found[-1].name, hint) from error
     if position.fingerprint != fingerprint:
         raise UsageError(
             f"{folder.name} holds a checkpoint of a run with other settings, data or weights.",
             hint or "Give the same options again, or start anew with --no-resume.",
         )
-    return position, tensors
+    return position
 
 
 def unreadable(name: str, hint: str = "") -> UsageError:
@@ -99,6 +113,11 @@ def discard(folder: Path) -> None:
     """Remove the checkpoints of an earlier run."""
     for layer in (folder / WORK).glob("layer-*"):
         layer.unlink()
+    discard_steps(folder)
+
+
+def discard_steps(folder: Path) -> None:
+    """Remove checkpoints, and leave finished layers."""
     for path in (folder / WORK).glob("step-*"):
         shutil.rmtree(path)
 
