@@ -56,7 +56,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"w{number}": number for number in range(vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w1"}

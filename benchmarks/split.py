@@ -133,8 +133,8 @@ def run(name: str, fields: dict[str, Any], args: argparse.Namespace) -> tuple[Pa
     return folder, time.monotonic() - start, manifest
 
 
-def main() -> None:
-    """Print a line per conversion, and the whole as JSON at the end."""
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", required=True)
     parser.add_argument("--data", type=Path, required=True)
@@ -151,9 +151,14 @@ def main() -> None:
     parser.add_argument("--select", nargs="+", default=["topk"], help="topk, threshold or both")
     parser.add_argument("--static-fits", nargs="*", choices=FITS, default=["two", "tuned"])
     parser.add_argument("--part", default="1/1", help="every N-th row from the M-th on, as M/N")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="rows that are there are not made again")
     parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print a line per conversion, and the whole as JSON at the end."""
+    args = arguments()
     warnings.filterwarnings("ignore", "Pydantic serializer")  # Mute is no part of recipes
 
     from moe_convert.checkpoint import open_source
@@ -167,11 +172,14 @@ def main() -> None:
         data = Data(train=str(path), max_tokens=10**7, shuffle_seed=None)
         texts[name] = token_ids(data, source.folder, 10**9)[: args.eval_rows]
     dense = measure(Path(source.folder or ""), texts, args.device)
-    results: dict[str, Any] = {"dense": dense}
+    known = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    results: dict[str, Any] = {**known, "dense": dense}
     print(f"{'':36}" + "".join(f"{name:>10}" for name in texts) + f"{'seconds':>9}")
     print(f"{'dense':36}" + "".join(f"{value:10.2f}" for value in dense.values()), flush=True)
     number, parts = map(int, args.part.split("/"))
     for name, fields in list(jobs(args))[number - 1 :: parts]:
+        if name in known:
+            continue
         if time.monotonic() - began > args.stop_after:
             print(f"stopped after {args.stop_after:.0f} s: {name} and what follows is missing")
             break

@@ -17,8 +17,10 @@ from moe_convert.selection import Scoring, scored
 if TYPE_CHECKING:
     import torch
 
-PORTION = 2048
-"""Tokens whose neurons are held at once: few enough to stay near the processor."""
+PORTION = {"cpu": 2048, "cuda": 8192}
+"""Tokens whose neurons are held at once: few enough to stay near a processor's cores."""
+MASKED = ("cuda",)
+"""Devices that compute all neurons and mask them faster than they do many small products."""
 ILL_CONDITIONED = 1e5
 """Bound on a condition number from which fp32 would lose the solution."""
 WARM_UP = 0.1
@@ -94,12 +96,15 @@ class Carved:
                 yield neurons, slice(start, stop), token_N
             start = stop
 
+    def fired(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return what every neuron sends to `down`, zero where it does not fire, fp32 [T, F]."""
+        return self.neurons.hidden(x_TD) * self.chosen(x_TD)[:, self.group_F]
+
     def given(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return the output of neurons that are `by_expert`, fp32 [T, D]."""
         neurons = self.neurons
-        if x_TD.is_cuda:  # masking is faster there than many small products
-            fires_TF = self.chosen(x_TD)[:, self.group_F]
-            return ((neurons.hidden(x_TD) * fires_TF) @ neurons.down_DF.T).float()
+        if x_TD.device.type in MASKED:
+            return (self.fired(x_TD) @ neurons.down_DF.T).float()
         given_TD = neurons.gate_FD.new_zeros(x_TD.shape)
         for part, _, token_N in self.parts(x_TD):
             hidden_TN = part.hidden(x_TD.index_select(0, token_N))
@@ -111,7 +116,7 @@ class Carved:
         import torch
 
         ordered, _ = self.by_expert()
-        return torch.cat([ordered.given(part_TD) for part_TD in x_TD.split(PORTION)])
+        return torch.cat([ordered.given(part_TD) for (part_TD,) in _portions(x_TD)])
 
 
 def _taken(neurons: Neurons, index_N: torch.Tensor) -> Neurons:
@@ -140,14 +145,9 @@ def refit(
     down_DF = ordered.neurons.down_DF
     width = down_DF.shape[1]
     gram_FF, cross_FD = down_DF.new_zeros(width, width), down_DF.new_zeros(width, len(down_DF))
+    add = _add_masked if x_TD.device.type in MASKED else _add_parts
     for x, target in _portions(x_TD, target_TD):
-        hidden_TF = x.new_zeros(len(x), width)
-        for part, place, token_N in ordered.parts(x):
-            value_TN = part.hidden(x.index_select(0, token_N))
-            hidden_TF[:, place].index_copy_(0, token_N, value_TN)
-            upto_TF = hidden_TF[:, : place.stop].index_select(0, token_N)
-            gram_FF[place, : place.stop].addmm_(value_TN.T, upto_TF)
-            cross_FD[place].addmm_(value_TN.T, target.index_select(0, token_N).float())
+        add(gram_FF, cross_FD, ordered, x, target.float())
     gram_FF = gram_FF.tril() + gram_FF.tril(-1).T
     damping = ridge * float(gram_FF.diagonal().mean())
     if damping <= 0:
@@ -159,6 +159,36 @@ def refit(
     factor_FF = torch.linalg.cholesky(gram_FF.to(wide))
     solved_FD: torch.Tensor = torch.cholesky_solve(cross_FD.to(wide), factor_FF)
     return solved_FD[order_F.argsort()].T.float().contiguous()
+
+
+def _add_masked(
+    gram_FF: torch.Tensor,
+    cross_FD: torch.Tensor,
+    ordered: Carved,
+    x_TD: torch.Tensor,
+    target_TD: torch.Tensor,
+) -> None:
+    """Add some tokens' products of what fires, with itself and with the target."""
+    fired_TF = ordered.fired(x_TD)
+    gram_FF.addmm_(fired_TF.T, fired_TF)
+    cross_FD.addmm_(fired_TF.T, target_TD)
+
+
+def _add_parts(
+    gram_FF: torch.Tensor,
+    cross_FD: torch.Tensor,
+    ordered: Carved,
+    x_TD: torch.Tensor,
+    target_TD: torch.Tensor,
+) -> None:
+    """Do the same expert by expert, and nothing above the diagonal."""
+    fired_TF = x_TD.new_zeros(len(x_TD), len(gram_FF))
+    for part, place, token_N in ordered.parts(x_TD):
+        value_TN = part.hidden(x_TD.index_select(0, token_N))
+        fired_TF[:, place].index_copy_(0, token_N, value_TN)
+        upto_TF = fired_TF[:, : place.stop].index_select(0, token_N)
+        gram_FF[place, : place.stop].addmm_(value_TN.T, upto_TF)
+        cross_FD[place].addmm_(value_TN.T, target_TD.index_select(0, token_N))
 
 
 def tune(
@@ -234,4 +264,5 @@ def with_down(carved: Carved, down_DF: torch.Tensor) -> Carved:
 
 
 def _portions(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    return zip(*(tensor.split(PORTION) for tensor in tensors), strict=True)
+    size = PORTION[tensors[0].device.type]
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)

@@ -22,7 +22,7 @@ from moe_convert.checkpoint.replace import WORK
 from moe_convert.compose import ExpertSource, averaged, check_tokenizers, distinct
 from moe_convert.data import SelfWriter
 from moe_convert.errors import MoeConvertError, OutputExistsError, UsageError
-from moe_convert.experts import Compose, ComposeSource
+from moe_convert.experts import Compose, ComposeSource, Method, Split
 from moe_convert.ffn import Weight
 from moe_convert.inputs import Inputs, read_inputs
 from moe_convert.making import Maker, layer_maker
@@ -41,6 +41,7 @@ from moe_convert.plan import Plan, lay_out
 from moe_convert.provenance import Hashing, expert_files, files_of, with_origin
 from moe_convert.recipe import PushSection, Recipe
 from moe_convert.routing import routing_notes, routing_report
+from moe_convert.runtime import chosen_device
 from moe_convert.sensitivity import KEPT_NAME, settled
 
 PLAN_NAME = ".plan"
@@ -241,9 +242,11 @@ def public_recipe(plan: Plan) -> Recipe:
     target = recipe.target.model_copy(
         update={"architecture": plan.target.recipe_name, "active": None}
     )
-    experts = recipe.experts
+    experts: Method = recipe.experts
     if isinstance(experts, Compose):
         experts = experts.model_copy(update={"sources": _public_sources(experts, plan.experts)})
+    if isinstance(experts, Split):
+        experts = experts.resolved(gpu=chosen_device(recipe.runtime.device) == "cuda")
     router = recipe.router.model_copy(update={"init": recipe.router.kind})
     data = recipe.data.public
     output = recipe.output.model_copy(update={"dir": None, "overwrite": False})

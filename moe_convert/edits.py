@@ -204,20 +204,26 @@ class Tune(Fit):
     """
 
     edit: Literal["tune"] = "tune"
-    steps: int = Field(32, ge=1)
+    steps: int | None = Field(None, ge=1, description="null: 128 on a GPU, 32 on a CPU")
     tokens: int = Field(2048, ge=1, description="of each step")
     rate: float = Field(0.02, gt=0)
 
     paper: ClassVar[str] = "this package"
     summary: ClassVar[str] = "split: descent on the layer's own error"
 
+    def resolved(self, *, gpu: bool) -> Tune:
+        """Return the same with as many steps as the device can take in reasonable time."""
+        return self.model_copy(update={"steps": self.steps or (128 if gpu else 32)})
+
     def fit(self, carved: Carved, sample: FfnSample, seed: int) -> Carved:
         """Descend."""
+        steps = self.resolved(gpu=sample.x_TD.is_cuda).steps
+        assert steps is not None
         found = tune(
             carved,
             sample.x_TD,
             sample.target_TD,
-            steps=self.steps,
+            steps=steps,
             tokens=min(self.tokens, len(sample.x_TD)),
             rate=self.rate,
             seed=seed,

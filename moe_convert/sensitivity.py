@@ -124,7 +124,10 @@ def _sample(
     """Return what an FFN receives and gives in the dense model."""
     import torch
 
-    given = [neurons.hidden(part_TD) @ neurons.down_DF.T for part_TD in x_TD.split(PORTION)]
+    given = [
+        neurons.hidden(part_TD) @ neurons.down_DF.T
+        for part_TD in x_TD.split(PORTION[x_TD.device.type])
+    ]
     given_TD = torch.cat(given)
     return FfnSample(x_TD, x_TD, given_TD, row_length, gradient_TD, lambda: given_TD)
 

@@ -15,10 +15,12 @@ import torch
 from moe_convert import carving
 from moe_convert.carving import Carved, refit
 from moe_convert.checkpoint import read_folder
-from moe_convert.convert import convert
+from moe_convert.convert import convert, public_recipe
 from moe_convert.data import Data, token_ids
+from moe_convert.edits import Tune
 from moe_convert.errors import DoesNotFitError, UsageError
 from moe_convert.experts import STRATEGIES
+from moe_convert.experts.split import Learned
 from moe_convert.ffn import Ffn, FfnSample, Grouping, Neurons
 from moe_convert.inputs import Inputs, read_inputs
 from moe_convert.manifest import MANIFEST_NAME
@@ -242,20 +244,43 @@ def slow_hidden(carved: Carved, x_TD: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("strategy", ["contribution", "learned"])
+def test_the_written_recipe_names_the_steps_of_this_device(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], strategy: str
+) -> None:
+    """Those of a GPU would be others, and the result too."""
+    changes = {**split, "experts__strategy": strategy}
+    method = public_recipe(planned(dense(), tmp_path / "out", **changes)).experts
+    if isinstance(method, Learned):
+        assert method.steps == Learned().num_steps(gpu=False) < Learned().num_steps(gpu=True)
+    else:
+        assert method.edits[0] == Tune(steps=32) != Tune().resolved(gpu=True)
+
+
 def test_refit_in_chunks_is_refit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(4)
     carved = random_carved(generator, top_k=2)
     x_TD, target_TD = (torch.randn(200, 6, generator=generator) for _ in range(2))
     whole_DF = refit(carved, x_TD, target_TD, 0.01)
-    monkeypatch.setattr("moe_convert.carving.PORTION", 33)
+    monkeypatch.setitem(carving.PORTION, "cpu", 33)
     assert torch.allclose(refit(carved, x_TD, target_TD, 0.01), whole_DF, atol=1e-5)
+
+
+def test_masking_as_a_gpu_does_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(6)
+    carved = random_carved(generator, top_k=2)
+    x_TD, target_TD = (torch.randn(200, 6, generator=generator) for _ in range(2))
+    given_TD, solved_DF = carved(x_TD), refit(carved, x_TD, target_TD, 0.01)
+    monkeypatch.setattr("moe_convert.carving.MASKED", ("cpu",))
+    assert torch.allclose(carved(x_TD), given_TD, atol=1e-5)
+    assert torch.allclose(refit(carved, x_TD, target_TD, 0.01), solved_DF, atol=1e-5)
 
 
 def test_only_what_fires_gives() -> None:
     """An expert that nobody chooses gives nothing; tokens go through in portions."""
     generator = torch.Generator().manual_seed(5)
     carved = replace(random_carved(generator, top_k=2), bias_E=torch.tensor([0.0, -1e9, 0.0]))
-    x_TD = torch.randn(3 * carving.PORTION // 2, 6, generator=generator)
+    x_TD = torch.randn(3 * carving.PORTION["cpu"] // 2, 6, generator=generator)
     expected_TD = slow_hidden(carved, x_TD) @ carved.neurons.down_DF.T
     assert torch.allclose(carved(x_TD), expected_TD, atol=1e-4)
 
@@ -519,7 +544,7 @@ ON_GPU: dict[str, dict[str, Any]] = {
         for name in STRATEGIES
         if STRATEGIES[name].needs == "nothing"
     },
-    "tune": {"experts__edits": [{"edit": "tune"}, {"edit": "refit"}]},
+    "tune": {"experts__edits": [{"edit": "tune", "steps": 32}, {"edit": "refit"}]},
     "balance": {**STEERED, "router__balance": 0.1},
     "threshold": {**STEERED, "router__select": "threshold"},
     "layers auto": {**STEERED, "target__layers": "auto"},

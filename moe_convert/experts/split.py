@@ -87,6 +87,11 @@ class Split(Method):
             shared_scale=1.0 / target.shared_weight,
         )
 
+    def resolved(self, *, gpu: bool) -> Split:
+        """Return the same with the numbers of steps that depend on the device."""
+        edits = tuple(e.resolved(gpu=gpu) if isinstance(e, Tune) else e for e in self.edits)
+        return self.model_copy(update={"edits": edits})
+
     def layer_seed(self, layer: int) -> int:
         """Return a seed of its own for every layer."""
         return self.seed * 1_009 + layer
@@ -286,6 +291,11 @@ class Learned(Split):
     def num_steps(self, *, gpu: bool) -> int:
         """Return how many steps are taken."""
         return self.steps or (300 if gpu else 60)
+
+    def resolved(self, *, gpu: bool) -> Split:
+        """Name the steps of learning too."""
+        update = {"steps": self.num_steps(gpu=gpu)}
+        return super().resolved(gpu=gpu).model_copy(update=update)
 
     def group(
         self, shape: MoeShape, layer: int, neurons: Neurons | None, sample: FfnSample | None

@@ -173,8 +173,8 @@ def _fitting_bytes(plan: Plan) -> int:
     body, shape = plan.layout.body, plan.shape
     if not plan.recipe.carves:
         return 0
-    neurons = 20 * PORTION * body.ffn_size + 24 * body.ffn_size**2
-    return neurons + 12 * FFN_TOKENS * shape.top_k * body.hidden_size
+    neurons = 20 * PORTION["cpu"] * body.ffn_size + 24 * body.ffn_size**2
+    return neurons + 12 * FFN_TOKENS["cpu"] * shape.top_k * body.hidden_size
 
 
 def offload_folder(plan: Plan) -> Path | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ROUTER = "router"
 """What a router is called that is not part of the FFN module but stands beside it in the layer."""
 
-FFN_TOKENS = 2048
+FFN_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Tokens that go through experts at once, each as often as it has experts."""
 
 
@@ -104,7 +104,8 @@ class ConvertedStream(Stream):
         module = self._layers[layer]
         if self._entered and self.gain is not None:
             ffns = [module.get_submodule(name) for name in self._ffns]
-            parts = (self._received_TD.split(FFN_TOKENS), self.states_TD.split(FFN_TOKENS))
+            size = FFN_TOKENS[self._device]
+            parts = (self._received_TD.split(size), self.states_TD.split(size))
             for x_TD, states_TD in zip(*parts, strict=True):
                 x_BTD = x_TD.unsqueeze(0).to(self._device)
                 with torch.no_grad():
