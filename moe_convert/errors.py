@@ -106,3 +106,11 @@ class InterruptedByUser(MoeConvertError):
 
     exit_code = 130
     code = "interrupted"
+
+
+def unforeseen(error: Exception) -> MoeConvertError:
+    """Return an error that nobody saw coming as one line."""
+    return MoeConvertError(
+        f"{type(error).__name__}: {' '.join(str(error).split())}",
+        "This is a bug or an unforeseen input; MOE_CONVERT_DEBUG=1 shows where.",
+    )

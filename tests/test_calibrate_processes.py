@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_convert.calibrate.launch import asked_for, launched
+from moe_convert.calibrate.launch import answer_of, asked_for, launched
 from moe_convert.calibrate.run import run
 from moe_convert.checkpoint import read_folder
 from moe_convert.errors import MoeConvertError, UsageError
@@ -127,14 +128,75 @@ def test_the_command_runs_under_a_launcher_that_a_user_started(
     assert json.loads(done.stdout)["calibration"]["num_processes"] == 2
 
 
+ACCELERATE = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments"),
+    [("torchrun", TORCHRUN), ("accelerate", ("--num_processes", "1", *ACCELERATE))],
+)
 def test_an_error_in_a_worker_is_the_command_s_own(
-    original: Path, dense: Dense, text: Path, tmp_path: Path
+    launcher: str,
+    arguments: tuple[str, ...],
+    original: Path,
+    dense: Dense,
+    text: Path,
+    tmp_path: Path,
 ) -> None:
+    """Its code, and its one line as the last; that a launcher's process failed is no news."""
     folder = Path(shutil.copytree(original, tmp_path / "out"))
-    job, ids_BT = job_of(folder, dense(), text, optimizer={"lr": 1e30})
-    with pytest.raises(MoeConvertError, match="diverged at step") as found:
-        launched(job.save(ids_BT), "torchrun", ("--standalone", "--nproc_per_node", "1"), "hide")
-    assert found.value.exit_code == 5
+    options = ["--seq-len", "32", "--batch-size", "2", "--lr", "1e30", "--max-steps", "4"]
+    source = ["--source", str(dense()), "--data", str(text), "--launcher", launcher]
+    command = [sys.executable, "-m", "moe_convert", "calibrate", str(folder), *source, *options]
+    done = subprocess.run([*command, "--", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    told = done.stderr[done.stderr.index("error: ") :]
+    assert told.startswith("error: Calibration diverged at step")
+    assert told.rstrip().endswith("a smaller --lr.")
+    for word in ("Traceback", "ChildFailedError", "CalledProcessError", "exitcode"):
+        assert word not in done.stderr
+
+
+def test_an_unforeseen_error_in_a_worker_is_one_line_too(
+    original: Path,
+    dense: Dense,
+    text: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With MOE_CONVERT_DEBUG=1 it is shown where it came from."""
+    folder = Path(shutil.copytree(original, tmp_path / "out"))
+    job, ids_BT = job_of(folder, dense(), text)
+    path = job.model_copy(update={"num_held": 0}).save(ids_BT)
+    one = ("--standalone", "--nproc_per_node", "1")
+    for debug in ("0", "1"):
+        monkeypatch.setenv("MOE_CONVERT_DEBUG", debug)
+        with pytest.raises(
+            MoeConvertError, match=r"^RuntimeError: .*MOE_CONVERT_DEBUG=1 shows where"
+        ):
+            launched(path, "torchrun", one, "hide")
+        assert ("Traceback" in capfd.readouterr().err) == (debug == "1")
+
+
+def test_a_worker_that_was_killed_gives_its_signal(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "moe_convert.calibrate.launcher", "torchrun", *TORCHRUN]
+    script = tmp_path / "script.py"
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", encoding="utf-8")
+    done = subprocess.run([*words, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "Traceback" not in done.stderr
+
+
+def test_the_first_worker_to_fail_tells_why(tmp_path: Path) -> None:
+    """Others fail because it did; a report means that the work was done nevertheless."""
+    assert answer_of(tmp_path) == {}
+    answers = [{"at": 3.5, "interrupted": True}, {"at": 2.5, "error": {}}, {"at": 9.0, "report": 1}]
+    for rank, answer in enumerate(answers[:2]):
+        (tmp_path / f"{rank}.json").write_text(json.dumps(answer), encoding="utf-8")
+    assert answer_of(tmp_path) == answers[1]
+    (tmp_path / "0.json").write_text(json.dumps(answers[2]), encoding="utf-8")
+    assert answer_of(tmp_path) == answers[2]
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import moe_convert.errors as errors
 from moe_convert.calibrate.alone import outlived
 from moe_convert.errors import MoeConvertError, UsageError
 from moe_convert.manifest import CalibrationReport
-
-LAUNCHERS = {"accelerate": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
-"""Modules of the launchers, run with this interpreter."""
 
 COUNTS = {
     "accelerate": r"--num[_-]processes(?:=(\d+))?$",
@@ -38,9 +36,9 @@ def asked_for(launcher: str, arguments: Sequence[str]) -> int:
     Raises:
         UsageError: the launcher is unknown, or they do not say.
     """
-    if launcher not in LAUNCHERS:
+    if launcher not in COUNTS:
         raise UsageError(
-            f"--launcher {launcher!r} is not one of auto, none, {', '.join(LAUNCHERS)}.",
+            f"--launcher {launcher!r} is not one of auto, none, {', '.join(COUNTS)}.",
             "Leave it out to train in this process.",
         )
     count = _value(COUNTS[launcher], arguments)
@@ -73,27 +71,32 @@ def launched(job: Path, launcher: str, arguments: Sequence[str], watch: str) -> 
     """Run a saved job under a launcher and return the report of its main process.
 
     Raises:
-        MoeConvertError: what the main process raised, or the launcher failed by itself.
+        MoeConvertError: what the first process to fail raised, or the launcher failed by itself.
         KeyboardInterrupt: the workers were interrupted.
     """
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        worker = ["-m", "moe_convert.calibrate.worker", str(job), str(answer), watch]
+        worker = ["-m", "moe_convert.calibrate.worker", str(job), folder, watch]
+        started = [sys.executable, "-m", "moe_convert.calibrate.launcher", launcher, *arguments]
         with outlived(job):
-            code, stopped = _run([sys.executable, "-m", LAUNCHERS[launcher], *arguments, *worker])
-        if not answer.is_file():
-            if stopped:
-                raise KeyboardInterrupt
-            raise MoeConvertError(
-                f"{launcher} ended with code {code} before the work was done.",
-                "What it and its processes said is above; --resume goes on at the last checkpoint.",
-            )
-        found = json.loads(answer.read_text(encoding="utf-8"))
-    if found.get("interrupted"):
+            code, stopped = _run([*started, *worker])
+        found = answer_of(Path(folder))
+    if found.get("interrupted") or (stopped and not found):
         raise KeyboardInterrupt
+    if not found:
+        raise MoeConvertError(
+            f"{launcher} ended with code {code} before the work was done.",
+            "What it and its processes said is above; --resume goes on at the last checkpoint.",
+        )
     if "error" in found:
         raise _error(found["error"])
     return CalibrationReport.model_validate(found["report"])
+
+
+def answer_of(folder: Path) -> dict[str, Any]:
+    """Return what the workers have come to: the first to fail tells why, and others follow it."""
+    every = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    reports = [found for found in every if "report" in found]
+    return min(reports or every, key=lambda found: float(found["at"]), default={})
 
 
 def _run(command: list[str]) -> tuple[int, bool]:

@@ -37,6 +37,8 @@ class Saving:
         if stopped or due:
             self.save(position, tensors)
         if stopped:
+            # A launcher stops all processes when the first one ends, and one may still be writing.
+            self._accelerator.wait_for_everyone()
             raise KeyboardInterrupt
 
     def save(self, position: state.Position, tensors: Tensors) -> None:

@@ -1,7 +1,7 @@
-"""One of several processes: `LAUNCHER … -m moe_convert.calibrate.worker JOB ANSWER WATCH`.
+"""One of several processes: `LAUNCHER … -m moe_convert.calibrate.worker JOB ANSWERS WATCH`.
 
-JOB is the file that `Job.save` wrote; the main process writes what came of it into ANSWER and draws
-progress on stderr if WATCH is `show`.
+JOB is the file that `Job.save` wrote. What came of it goes into the folder ANSWERS, from the main
+process and from each that fails; the main one draws progress on stderr if WATCH is `show`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +20,36 @@ from moe_convert.calibrate.alone import share
 from moe_convert.calibrate.job import load_job
 from moe_convert.calibrate.panel import watcher
 from moe_convert.calibrate.run import run
-from moe_convert.errors import MoeConvertError
+from moe_convert.errors import MoeConvertError, unforeseen
 
 
 def main(arguments: list[str]) -> int:
     """Do the job and return an exit code."""
-    job_path, answer, watch = Path(arguments[0]), Path(arguments[1]), arguments[2]
+    job_path, answers, watch = Path(arguments[0]), Path(arguments[1]), arguments[2]
+    rank = int(os.environ.get("RANK", "0"))
     with share(job_path):
-        return _work(job_path, answer, watch)
-
-
-def _work(job_path: Path, answer: Path, watch: str) -> int:
-    job, ids_BT = load_job(job_path)
-    is_main = os.environ.get("RANK", "0") == "0"
-    found: dict[str, Any]
-    try:
-        with watcher(Console(stderr=True), show=is_main and watch == "show") as watching:
-            found = {"report": run(job, ids_BT, watching).model_dump(mode="json")}
-            code = 0
-    except KeyboardInterrupt:
-        found, code = {"interrupted": True}, 130
-    except MoeConvertError as error:
-        found = {"error": {"code": error.code, "message": error.message, "hint": error.hint}}
-        code = error.exit_code
-    if is_main:
-        partial = answer.with_suffix(".partial")
-        partial.write_text(json.dumps(found), encoding="utf-8")
-        partial.replace(answer)
+        found, code = _worked(job_path, show=rank == 0 and watch == "show")
+    if rank == 0 or "report" not in found:
+        partial = answers / f"{rank}.partial"
+        partial.write_text(json.dumps({"at": time.time(), **found}), encoding="utf-8")
+        partial.replace(answers / f"{rank}.json")
     return code
+
+
+def _worked(job_path: Path, *, show: bool) -> tuple[dict[str, Any], int]:
+    """Do the job; return what came of it and an exit code."""
+    try:
+        with watcher(Console(stderr=True), show=show) as watching:
+            report = run(*load_job(job_path), watching)
+    except KeyboardInterrupt:
+        return {"interrupted": True}, 130
+    except Exception as error:  # noqa: BLE001 - the command says it, as it does its own
+        if os.environ.get("MOE_CONVERT_DEBUG") == "1":
+            traceback.print_exc()
+        told = error if isinstance(error, MoeConvertError) else unforeseen(error)
+        words = {"code": told.code, "message": told.message, "hint": told.hint}
+        return {"error": words}, told.exit_code
+    return {"report": report.model_dump(mode="json")}, 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import typer
 
 from moe_convert import __version__
 from moe_convert.console import Format, Output, quiet_libraries
-from moe_convert.errors import InterruptedByUser, MoeConvertError
+from moe_convert.errors import InterruptedByUser, MoeConvertError, unforeseen
 
 app = typer.Typer(
     name="moe-convert",
@@ -148,9 +148,7 @@ def _guarded(output: Output, function: Callable[[], None]) -> None:
     except Exception as error:
         if debug:
             raise
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        hint = "This is a bug or an unforeseen input; MOE_CONVERT_DEBUG=1 shows where."
-        output.error(MoeConvertError(message, hint))
+        output.error(unforeseen(error))
         raise typer.Exit(1) from None
 
 
