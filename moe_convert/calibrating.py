@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_convert.calibration import wanted
-from moe_convert.card import refresh_card
 from moe_convert.checkpoint import Source, open_source
 from moe_convert.checkpoint.replace import recover
 from moe_convert.errors import (
@@ -173,8 +172,6 @@ def calibrate_folder(
     else:
         with watcher(console, show=show) as watching:
             report = run(job, ids_BT, watching)
-    if os.environ.get("RANK", "0") == "0":
-        refresh_card(request.folder, load_manifest(request.folder))
     return report
 
 
@@ -196,11 +193,9 @@ def _earlier(request: Request, console: Console, *, show: bool) -> CalibrationRe
 
     with watcher(console, show=show) as watching:
         watching.phase("an earlier run had trained it and was killed while writing: finished now")
-    manifest = load_manifest(request.folder)
-    if os.environ.get("RANK", "0") == "0":
-        refresh_card(request.folder, manifest)
-    assert manifest.calibration is not None
-    return manifest.calibration
+    report = load_manifest(request.folder).calibration
+    assert report is not None
+    return report
 
 
 def calibrates(plan: Plan) -> bool:

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from moe_convert.calibrate.report import Silent
 from moe_convert.calibrate.run import run
 from moe_convert.calibrate.watch import Watch
 from moe_convert.calibration import Calibration
-from moe_convert.card import measured
+from moe_convert.card import CARD_NAME, PICTURE_NAME, measured, write_card
 from moe_convert.card.facts import needed_options
 from moe_convert.checkpoint import open_source
-from moe_convert.checkpoint.replace import JOURNAL, WORK
+from moe_convert.checkpoint.replace import JOURNAL, WORK, recover
 from moe_convert.data import Data
 from moe_convert.errors import UsageError, VerificationError
 from moe_convert.manifest import CalibrationReport, load_manifest
@@ -44,7 +45,7 @@ from tests.test_calibrate import (  # noqa: F401
     text,
 )
 from tests.test_cli import invoke
-from tests.tools import edit_tensors, tensors
+from tests.tools import digest, edit_tensors, tensors
 
 Calibrate = Callable[..., CalibrationReport]
 HIDDEN: dict[str, Any] = {"objective": "hidden", "train": "router+experts"}
@@ -233,7 +234,7 @@ def test_a_commit_that_was_cut_short_is_finished_and_not_trained_again(
     whole, cut = copy("whole", **SPLIT), copy("cut", **SPLIT)
     assert invoke("calibrate", whole, *options(dense, text)).exit_code == 0
 
-    def killed(*args: Any) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("killed")
 
     monkeypatch.setattr("moe_convert.checkpoint.replace._finish", killed)
@@ -249,6 +250,54 @@ def test_a_commit_that_was_cut_short_is_finished_and_not_trained_again(
     with pytest.raises(UsageError, match="was killed while it put the trained weights"):
         job_of(spare, dense(), text)
     assert tensors(spare) == tensors(whole)
+
+
+def test_the_card_changes_with_the_weights(copy: Made, calibrated: Calibrate) -> None:
+    """All of it is in place at once, so that none is that of before."""
+    folder = copy(**SPLIT)
+    write_card(folder, load_manifest(folder), name="me/mine")
+    before = digest(folder)
+    calibrated(folder)
+    after, card = digest(folder), (folder / CARD_NAME).read_text("utf-8")
+    assert before[PICTURE_NAME] != after[PICTURE_NAME]
+    assert "Trained: routers and experts" in card
+    assert 'from_pretrained("me/mine")' in card
+    assert load_manifest(folder).card_sha256 == after[CARD_NAME]
+
+
+def test_the_card_of_a_commit_that_was_cut_short_is_finished_too(
+    copy: Made, calibrated: Calibrate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without matplotlib a picture is left out, and the old one goes at that moment."""
+    folder = copy(**SPLIT)
+    write_card(folder, load_manifest(folder))
+    before = digest(folder)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as cut:
+        cut.setattr("moe_convert.checkpoint.replace._finish", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            calibrated(folder)
+    now = digest(folder)
+    assert {name: now[name] for name in before} == before
+    assert recover(folder)
+    assert not (folder / PICTURE_NAME).exists()
+    assert load_manifest(folder).card_sha256 == digest(folder)[CARD_NAME] != before[CARD_NAME]
+
+
+def test_a_card_that_was_edited_stays_as_it_is(copy: Made, calibrated: Calibrate) -> None:
+    folder = copy(**SPLIT)
+    path = write_card(folder, load_manifest(folder))
+    path.write_text("My own words.", encoding="utf-8")
+    before = digest(folder)
+    calibrated(folder)
+    after = digest(folder)
+    assert {name: after[name] for name in (CARD_NAME, PICTURE_NAME)} == {
+        name: before[name] for name in (CARD_NAME, PICTURE_NAME)
+    }
 
 
 def test_copies_stay_exact_where_only_their_routers_were_trained(

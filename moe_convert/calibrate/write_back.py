@@ -1,4 +1,4 @@
-"""The trained tensors, back in their places on disk, and what the manifest says of them."""
+"""The trained tensors, back in their places on disk, and what manifest and card say of them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.step import Models
+from moe_convert.card import stage_card
 from moe_convert.checkpoint import read_folder
-from moe_convert.checkpoint.replace import commit, stage_tensors, stage_text
+from moe_convert.checkpoint.replace import commit, stage_of, stage_tensors
 from moe_convert.errors import VerificationError
 from moe_convert.experts import Split
 from moe_convert.manifest import (
@@ -81,7 +82,7 @@ def failures(job: Job, after: Measured) -> Iterator[str]:
 def write_back(
     job: Job, tensors: Iterable[tuple[str, torch.Tensor]], report: CalibrationReport
 ) -> None:
-    """Put the trained tensors in their places on disk, and the report into the manifest.
+    """Put the trained tensors in their places on disk, and the report into manifest and card.
 
     Raises:
         VerificationError: the report has a figure that is not finite; nothing has changed.
@@ -92,8 +93,9 @@ def write_back(
         if info.path in files:
             info.size, info.sha256 = files[info.path]
     _describe(manifest, job, report)
-    stage_text(job.folder, MANIFEST_NAME, manifest.checked_json())
-    commit(job.folder)
+    gone = stage_card(job.folder, manifest)
+    (stage_of(job.folder) / MANIFEST_NAME).write_text(manifest.checked_json(), encoding="utf-8")
+    commit(job.folder, gone)
 
 
 def _describe(manifest: Manifest, job: Job, report: CalibrationReport) -> None:

@@ -2,7 +2,14 @@
 
 from moe_convert.card.check import CardCheck, check_card
 from moe_convert.card.metadata import metadata
-from moe_convert.card.write import CARD_NAME, PICTURE_NAME, refresh_card, render, write_card
+from moe_convert.card.write import (
+    CARD_NAME,
+    PICTURE_NAME,
+    refresh_card,
+    render,
+    stage_card,
+    write_card,
+)
 
 __all__ = [
     "CARD_NAME",
@@ -12,5 +19,6 @@ __all__ = [
     "metadata",
     "refresh_card",
     "render",
+    "stage_card",
     "write_card",
 ]

@@ -15,6 +15,7 @@ from moe_convert.card import facts, measured
 from moe_convert.card.metadata import metadata
 from moe_convert.card.picture import draw_load
 from moe_convert.checkpoint import sha256_of
+from moe_convert.checkpoint.replace import stage_of
 from moe_convert.errors import MissingDependencyError, OutputExistsError
 from moe_convert.manifest import Manifest
 
@@ -66,14 +67,23 @@ def write_card(
             f"{path} was edited, or moe-convert did not write it.",
             "Keep it, or replace it with `moe-convert card --overwrite`.",
         )
-    picture = _draw(folder, manifest)
-    known = name_in(path)
-    name = name or (known if "/" in known else folder.resolve().name)
-    text = render(manifest, name, picture=picture)
-    path.write_text(text, encoding="utf-8")
-    manifest.card_sha256 = sha256_of(path)
+    _make(folder, manifest, folder, name)
     manifest.save(folder)
     return path
+
+
+def _make(folder: Path, manifest: Manifest, into: Path, name: str | None = None) -> bool:
+    """Write a folder's card and picture into another one; return whether there is a picture.
+
+    The manifest gets the hash of the card, and is to be written after it.
+    """
+    picture = _draw(into, manifest)
+    known = name_in(folder / CARD_NAME)
+    name = name or (known if "/" in known else folder.resolve().name)
+    text = render(manifest, name, picture=picture)
+    (into / CARD_NAME).write_text(text, encoding="utf-8")
+    manifest.card_sha256 = sha256_of(into / CARD_NAME)
+    return picture
 
 
 def refresh_card(folder: Path, manifest: Manifest) -> None:
@@ -81,6 +91,17 @@ def refresh_card(folder: Path, manifest: Manifest) -> None:
     path = folder / CARD_NAME
     if path.exists() and _untouched(path, manifest):
         write_card(folder, manifest)
+
+
+def stage_card(folder: Path, manifest: Manifest) -> list[str]:
+    """Do so as a part of a change that is put in place at once; return the files that go with it.
+
+    The manifest is the new one, and is to be staged after the card.
+    """
+    path = folder / CARD_NAME
+    if not (path.exists() and _untouched(path, manifest)):
+        return []
+    return [] if _make(folder, manifest, stage_of(folder)) else [PICTURE_NAME]
 
 
 def name_in(path: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ def stage_tensors(
         MoeConvertError: the folder has no such tensor, or of another shape.
         DoesNotFitError: the disk is full.
     """
-    stage = folder / WORK / STAGE
+    stage = stage_of(folder)
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     refs, files = read_folder(folder), dict[str, int]()
@@ -61,22 +61,23 @@ def stage_tensors(
     return {name: ((stage / name).stat().st_size, sha256_of(stage / name)) for name in files}
 
 
-def stage_text(folder: Path, name: str, text: str) -> None:
-    """Stage a text file; `commit` puts it in place with the others."""
-    with (folder / WORK / STAGE / name).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def stage_of(folder: Path) -> Path:
+    """Return where files are staged, under their own names; `commit` puts them in their places."""
+    return folder / WORK / STAGE
 
 
-def commit(folder: Path) -> None:
-    """Put every staged file in its place and remove the work folder."""
-    names = sorted(path.name for path in (folder / WORK / STAGE).iterdir())
+def commit(folder: Path, gone: Sequence[str] = ()) -> None:
+    """Put every staged file in its place, and remove files that are gone and the work folder."""
+    staged = sorted(stage_of(folder).iterdir())
+    for path in staged:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     journal = folder / WORK / JOURNAL
     partial = journal.with_suffix(".partial")
-    partial.write_text(json.dumps(names), encoding="utf-8")
+    change = {"new": [path.name for path in staged], "gone": list(gone)}
+    partial.write_text(json.dumps(change), encoding="utf-8")
     partial.replace(journal)
-    _finish(folder, names)
+    _finish(folder, **change)
 
 
 def recover(folder: Path) -> bool:
@@ -86,17 +87,19 @@ def recover(folder: Path) -> bool:
     """
     journal = folder / WORK / JOURNAL
     if journal.is_file():
-        _finish(folder, json.loads(journal.read_text(encoding="utf-8")))
+        _finish(folder, **json.loads(journal.read_text(encoding="utf-8")))
         return True
-    shutil.rmtree(folder / WORK / STAGE, ignore_errors=True)
+    shutil.rmtree(stage_of(folder), ignore_errors=True)
     return False
 
 
-def _finish(folder: Path, names: list[str]) -> None:
-    for name in names:
-        staged = folder / WORK / STAGE / name
+def _finish(folder: Path, new: Sequence[str], gone: Sequence[str]) -> None:
+    for name in new:
+        staged = stage_of(folder) / name
         if staged.exists():
             staged.replace(folder / name)
+    for name in gone:
+        (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / WORK)
 
 
