@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_convert.calibrate.guards import remedy
 from moe_convert.calibrate.job import Request, prepare
 from moe_convert.calibrate.measure import measure
 from moe_convert.calibrate.models import load, target_of
@@ -93,6 +94,36 @@ def test_perplexity_may_rise_where_that_is_allowed(copy: Made, calibrated: Calib
     assert report.after.perplexity > 1.01 * report.before.perplexity
 
 
+@pytest.mark.parametrize(
+    ("settings", "remedies"),
+    [
+        ({"train": "router"}, "use a smaller --lr"),
+        ({"train": "router", "mixed_precision": "fp16"}, "use bf16, or use a smaller --lr"),
+        ({"train": [], "bias_update": 0.1}, "use a smaller --bias-update"),
+        (
+            {"train": "router", "bias_update": 0.1},
+            "use a smaller --lr, or use a smaller --bias-update",
+        ),
+    ],
+    ids=str,
+)
+def test_a_remedy_is_about_what_moved(settings: dict[str, Any], remedies: str) -> None:
+    told = remedy(Calibration.model_validate(settings))
+    assert told == f"The weights are those of the start; {remedies}."
+
+
+@pytest.mark.parametrize("objective", ["none", "aux"])
+def test_biases_that_wreck_a_model_are_named(
+    copy: Made, calibrated: Calibrate, objective: str
+) -> None:
+    settings: dict[str, Any] = {"objective": objective, "bias_update": 1e39, "max_steps": 1}
+    settings |= {"train": "router"} if objective == "aux" else {}
+    with pytest.raises(VerificationError, match="diverged in its last steps") as found:
+        calibrated(copy(target__architecture="glm4_moe", **NOISY), **settings)
+    assert "a smaller --bias-update" in found.value.hint
+    assert ("a smaller --lr" in found.value.hint) == (objective == "aux")
+
+
 def test_weights_that_are_not_finite_are_not_written(
     copy: Made, calibrated: Calibrate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +145,7 @@ def test_a_report_that_json_cannot_say_is_not_written(
 ) -> None:
     folder = copy(**SPLIT)
     before = tensors(folder)
-    monkeypatch.setattr("moe_convert.calibrate.write_back.failures", lambda *args: [])
+    monkeypatch.setattr("moe_convert.calibrate.run.failures", lambda *args: [])
 
     def spoiled(job: Any, one: Any, *args: Any) -> None:
         one.kl = math.nan

@@ -18,6 +18,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from moe_convert.calibrate.finished import Done, begun, keep, kept
+from moe_convert.calibrate.guards import remedy
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.layers import Layers
 from moe_convert.calibrate.report import StepRecord
@@ -233,7 +234,7 @@ class _Run:
             raise VerificationError(
                 f"Calibration diverged in layer {self._layer} at step {number + 1}: the error is "
                 f"{self.last:.4g}, and it was {self.first:.4g} at the start.",
-                "The weights are those of the start; use a smaller --lr.",
+                remedy(self._job.section),
             )
 
 

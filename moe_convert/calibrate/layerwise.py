@@ -11,6 +11,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_convert.calibrate.finished import num_done
+from moe_convert.calibrate.guards import failures, judge_result
 from moe_convert.calibrate.hidden import train_hidden
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.layers import check_hidden
@@ -19,7 +20,7 @@ from moe_convert.calibrate.models import load, load_teacher, target_of
 from moe_convert.calibrate.report import Watcher
 from moe_convert.calibrate.trackers import logged
 from moe_convert.calibrate.watch import Watch
-from moe_convert.calibrate.write_back import clearing, failures, judge_result, write_back
+from moe_convert.calibrate.write_back import clearing, write_back
 from moe_convert.manifest import CalibrationReport, Measured
 
 if TYPE_CHECKING:

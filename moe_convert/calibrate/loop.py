@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from moe_convert.calibrate.guards import remedy
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.report import StepRecord
 from moe_convert.calibrate.saving import Saving
@@ -112,7 +113,7 @@ class Loop:
             raise VerificationError(
                 f"Calibration diverged at step {position.step}: the loss is {loss:.4g}, and it was "
                 f"{first:.4g} at the start.",
-                f"The weights are those of the start; use {self._remedy}a smaller --lr.",
+                remedy(self._section),
             )
         smooth = loss if position.loss_smooth is None else position.loss_smooth
         position.loss_smooth = SMOOTHING * smooth + (1 - SMOOTHING) * loss
@@ -121,11 +122,6 @@ class Loop:
             position.loss_best, position.best_step = position.loss_smooth, position.step
         elif early.patience and position.step - position.best_step >= early.patience:
             position.stopped_early = True
-
-    @property
-    def _remedy(self) -> str:
-        """What else may help: fp16 ends at 65,504, and activations may not."""
-        return "bf16, or " if self._section.mixed_precision == "fp16" else ""
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Return what a checkpoint holds; every process must ask."""

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from moe_convert.calibrate.dense_experts import widen_experts
+from moe_convert.calibrate.guards import failures, judge_result
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.layerwise import run_hidden
 from moe_convert.calibrate.loop import Loop
@@ -26,8 +27,6 @@ from moe_convert.calibrate.trackers import check_trackers, logged
 from moe_convert.calibrate.watch import Watch
 from moe_convert.calibrate.write_back import (
     clearing,
-    failures,
-    judge_result,
     named_tensors,
     stored_tensors,
     write_back,

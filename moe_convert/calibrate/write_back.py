@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +21,6 @@ from moe_convert.manifest import (
     MANIFEST_NAME,
     CalibrationReport,
     Manifest,
-    Measured,
     load_manifest,
 )
 from moe_convert.recipe import Recipe
@@ -44,39 +42,6 @@ def clearing(job: Job, accelerator: Accelerator) -> Iterator[None]:
         if accelerator.is_main_process:
             state.clear(job.folder)
         raise
-
-
-def judge_result(
-    job: Job, before: Measured, after: Measured, tensors: Iterable[torch.Tensor]
-) -> None:
-    """Refuse what the last steps wrecked: a loss is known only of the weights before its step.
-
-    Raises:
-        VerificationError: a trained tensor or a figure is not finite, or perplexity rose too far.
-    """
-    rise, limit = after.perplexity / before.perplexity, job.section.guards.max_ppl_rise
-    figures = (after.perplexity, after.kl, after.routing_value, after.max_violation)
-    finite = all(map(math.isfinite, figures)) and all(bool(t.isfinite().all()) for t in tensors)
-    if finite and rise <= limit:
-        return
-    what, other = "weights or figures are not finite", "."
-    if finite:
-        what = f"perplexity is {after.perplexity:.4g}, and it was {before.perplexity:.4g} before"
-        other = ", or allow a larger calibration.guards.max_ppl_rise."
-    raise VerificationError(
-        f"Calibration diverged in its last steps: {what}.",
-        f"The weights are those of the start; use a smaller --lr{other}",
-    )
-
-
-def failures(job: Job, after: Measured) -> Iterator[str]:
-    """Yield the gates that the result does not pass."""
-    guards = job.section.guards
-    ratio, dead = after.perplexity / after.dense_perplexity, after.dead_experts / after.num_experts
-    if guards.max_ppl_ratio is not None and not ratio <= guards.max_ppl_ratio:
-        yield f"perplexity is {ratio:.3f} x the dense model's, allowed {guards.max_ppl_ratio}"
-    if guards.max_dead_share is not None and not dead <= guards.max_dead_share:
-        yield f"{dead:.1%} of the experts are dead, allowed {guards.max_dead_share:.1%}"
 
 
 def write_back(
