@@ -25,6 +25,7 @@ from moe_convert.calibrate.layers import Layers, used_rows
 from moe_convert.calibrate.panel import lines
 from moe_convert.calibration import Calibration, check, exact_objective, resolved
 from moe_convert.calibration import Made as Conversion
+from moe_convert.card.measured import trained
 from moe_convert.checkpoint import read_folder
 from moe_convert.checkpoint.replace import WORK
 from moe_convert.errors import UsageError
@@ -214,6 +215,9 @@ def test_biases_alone_are_trained_and_said_to_be(copy: Made, dense: Dense, text:
     assert report.trained == ["biases"]
     assert report.trained_params == 4 * len(names)
     assert not [line for line in lines(report) if line.startswith("loss")]
+    told = trained(load_manifest(folder))
+    assert f"{report.tokens} tokens in all on text.txt, with no loss: an expert's bias" in told
+    assert "loss ." not in told
 
 
 HIDDEN: dict[str, Any] = {"objective": "hidden", "train": "router+experts", "max_steps": 3}

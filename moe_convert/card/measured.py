@@ -78,9 +78,10 @@ def _training(found: CalibrationReport) -> str:
     else:
         what = " and ".join(PARTS.get(part, part) for part in found.trained)
     terms = " + ".join(f"{weight:g} {name}" for name, weight in found.objective.items())
+    how = f"loss {terms}" if terms else "with no loss: an expert's bias follows its load"
     return (
         f"{what} ({num_params(found.trained_params)} parameters), {found.steps} steps of "
-        f"{found.tokens} tokens in all on {found.data}, loss {terms}"
+        f"{found.tokens} tokens in all on {found.data}, {how}"
     )
 
 
