@@ -31,11 +31,12 @@ def kmeans(x_TD: torch.Tensor, num_clusters: int, seed: int) -> tuple[torch.Tens
     if len(x_TD) < num_clusters:
         raise ValueError(f"{len(x_TD)} points do not form {num_clusters} clusters")
     mean_D = x_TD.float().mean(dim=0)
-    x_TD = x_TD.float() - mean_D  # distances cancel less around the origin
-    centres_KD = _seeds(x_TD, num_clusters, torch.Generator().manual_seed(seed))
+    x_TD = (x_TD.float() - mean_D).contiguous()  # distances cancel less around the origin
+    square_T = _squares(x_TD)
+    centres_KD = _seeds(x_TD, square_T, num_clusters, torch.Generator().manual_seed(seed))
     labels_T = torch.full((len(x_TD),), -1, device=x_TD.device)
     for _ in range(MAX_ROUNDS):
-        distance_T, new_T = _squared(x_TD, centres_KD).min(dim=1)
+        distance_T, new_T = _squared(x_TD, square_T, centres_KD).min(dim=1)
         if torch.equal(new_T, labels_T):
             break
         labels_T = new_T
@@ -65,14 +66,15 @@ def balanced_kmeans(
     if len(x_ND) % num_clusters:
         raise ValueError(f"{len(x_ND)} points do not form {num_clusters} clusters of one size")
     mean_D = x_ND.float().mean(dim=0)
-    x_ND = x_ND.float() - mean_D
+    x_ND = (x_ND.float() - mean_D).contiguous()
+    square_N = _squares(x_ND)
     if start_ED is None:
-        centres_ED = _seeds(x_ND, num_clusters, torch.Generator().manual_seed(seed))
+        centres_ED = _seeds(x_ND, square_N, num_clusters, torch.Generator().manual_seed(seed))
     else:
         centres_ED = start_ED.float() - mean_D
     labels_N = torch.full((len(x_ND),), -1, device=x_ND.device)
     for _ in range(rounds):
-        distance_NE = _squared(x_ND, centres_ED)
+        distance_NE = _squared(x_ND, square_N, centres_ED)
         new_N = balanced(distance_NE, len(x_ND) // num_clusters)
         if torch.equal(new_N, labels_N):
             break
@@ -81,27 +83,34 @@ def balanced_kmeans(
     return centres_ED + mean_D, labels_N
 
 
-def _seeds(x_TD: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
+def _seeds(
+    x_TD: torch.Tensor, square_T: torch.Tensor, num_clusters: int, generator: torch.Generator
+) -> torch.Tensor:
     import torch
 
     chosen = [int(torch.randint(len(x_TD), (1,), generator=generator))]
-    nearest_T = _squared(x_TD, x_TD[chosen]).squeeze(1)
+    nearest_T = _squared(x_TD, square_T, x_TD[chosen]).squeeze(1)
     for _ in range(num_clusters - 1):
         weights_T = nearest_T if float(nearest_T.sum()) > 0 else torch.ones_like(nearest_T)
         tries = 2 + int(math.log(num_clusters))
         picked = torch.multinomial(weights_T.cpu(), tries, replacement=True, generator=generator)
-        left = torch.minimum(nearest_T.unsqueeze(1), _squared(x_TD, x_TD[picked]))
+        distance_TP = _squared(x_TD, square_T, x_TD[picked])
+        left = torch.minimum(nearest_T.unsqueeze(1), distance_TP)
         best = int(left.sum(dim=0).argmin())
         chosen.append(int(picked[best]))
         nearest_T = left[:, best]
     return x_TD[chosen]
 
 
-def _squared(x_TD: torch.Tensor, centres_KD: torch.Tensor) -> torch.Tensor:
-    """Return squared distances [T, K]."""
-    product_TK = x_TD @ centres_KD.T
-    norms_TK = x_TD.square().sum(dim=1, keepdim=True) + centres_KD.square().sum(dim=1)
-    return (norms_TK - 2 * product_TK).clamp(min=0)
+def _squares(x_TD: torch.Tensor) -> torch.Tensor:
+    """Return the squared length of every point [T]."""
+    return x_TD.norm(dim=1).square()
+
+
+def _squared(x_TD: torch.Tensor, square_T: torch.Tensor, centres_KD: torch.Tensor) -> torch.Tensor:
+    """Return squared distances [T, K] of points, whose squared lengths are known."""
+    square_TK = square_T.unsqueeze(1) + _squares(centres_KD)
+    return square_TK.sub_(x_TD @ centres_KD.T, alpha=2).clamp_(min=0)
 
 
 def _means(

@@ -125,7 +125,7 @@ class ConvertedStream(Stream):
         from transformers.modeling_utils import LoadStateDictConfig
 
         state = {
-            name: weight.load().to(torch_dtype(weight.dtype)).float()
+            name: weight.load().to(torch_dtype(weight.dtype)).to(self._device).float()
             for name, weight in tensors.items()
         }
         config = LoadStateDictConfig(

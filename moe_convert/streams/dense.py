@@ -49,7 +49,7 @@ class DenseStream(Stream):
         """Return a layer with its weights."""
         module, prefix = self._layers[layer], layer_name(layer, "")
         state = {
-            name.removeprefix(prefix): weight.load().float().to(self._device)
+            name.removeprefix(prefix): weight.load().to(self._device).float()
             for name, weight in self._weights.items()
             if name.startswith(prefix) and "rotary_emb" not in name
         }
