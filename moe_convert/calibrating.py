@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -148,13 +149,23 @@ def calibrate_folder(
     """Train a folder as requested; `show` draws progress on the console.
 
     Where an earlier run was killed while it put the trained weights in their places, this is
-    finished instead, and its report returned.
+    finished instead, and its report returned. Nobody else can train the folder meanwhile.
 
     Raises:
-        UsageError: a setting cannot work, or the data cannot be read.
+        UsageError: a setting cannot work, the data cannot be read, or somebody trains the folder.
         VerificationError: the run diverged; the weights are those of the start.
         KeyboardInterrupt: it was interrupted; a checkpoint has been written.
     """
+    from moe_convert.calibrate.alone import alone
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    with alone(request.folder) if is_main else contextlib.nullcontext():
+        return _calibrate(request, processes, console, show=show)
+
+
+def _calibrate(
+    request: Request, processes: Processes, console: Console, *, show: bool
+) -> CalibrationReport:
     from moe_convert.calibrate.job import prepare
     from moe_convert.calibrate.launch import launched
     from moe_convert.calibrate.panel import watcher

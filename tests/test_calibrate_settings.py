@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 
-from moe_convert.calibrate.alone import share
+from moe_convert.calibrate.alone import alone, share
 from moe_convert.calibrate.job import JOB
 from moe_convert.calibrate.launch import asked_for
 from moe_convert.calibrate.layers import Layers, used_rows
 from moe_convert.calibrate.panel import lines
+from moe_convert.calibrating import Processes, calibrate_folder, calibration_request
 from moe_convert.calibration import Calibration, check, exact_objective, resolved
 from moe_convert.calibration import Made as Conversion
 from moe_convert.card.measured import trained
@@ -46,7 +48,7 @@ from tests.test_calibrate import (
     text,
 )
 from tests.test_cli import invoke
-from tests.tools import tensors
+from tests.tools import digest, tensors
 
 BALANCE: dict[str, Any] = {"objective": "aux", "train": "router", "optimizer": {"lr": 1e-9}}
 
@@ -136,6 +138,28 @@ def test_workers_whose_command_was_killed_keep_others_out(
         assert result.exit_code == 2
         assert "is being calibrated by another process" in result.stderr
     assert invoke(*words, "--max-steps", 1).exit_code == 0
+
+
+def test_two_callers_cannot_train_one_folder(copy: Made, dense: Dense, text: Path) -> None:
+    """Not even in one process; the second one finds out before it has written anything."""
+    folder, console = copy(**NOISY), Console(stderr=True)
+    changes = {"calibration.max_steps": 1, "data.train": str(text), "data.seq_len": 32}
+    said: list[str] = []
+
+    def meanwhile(what: str, done: int, total: int) -> None:
+        before = digest(folder)
+        with pytest.raises(UsageError, match="is being calibrated by another process") as found:
+            calibrate_folder(request, Processes(), console, show=False)
+        said.append(found.value.message)
+        assert digest(folder) == before
+
+    request = calibration_request(folder, changes, source=str(dense()), progress=meanwhile)
+    with alone(folder):
+        meanwhile("", 0, 0)
+    written = {**changes, "data.train": "self", "calibration.max_tokens": 256}
+    writing = calibration_request(folder, written, source=str(dense()), progress=meanwhile)
+    calibrate_folder(writing, Processes(), console, show=False)
+    assert len(said) > 1
 
 
 def conversion(target: str = "glm4_moe", *, split: bool = True) -> Conversion:

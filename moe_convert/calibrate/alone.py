@@ -1,7 +1,7 @@
 """One run at a time in a folder: whoever trains it holds locks that end with the process.
 
-The command holds one on `config.json`, which no run replaces, and the workers of a launcher share
-one on their job, so that those whose command was killed are heard of as well.
+The one who starts it holds one on `config.json`, which no run replaces, and the workers of a
+launcher share one on their job, so that those whose starter was killed are heard of as well.
 """
 
 from __future__ import annotations

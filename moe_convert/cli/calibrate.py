@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 from collections.abc import Callable
@@ -89,27 +88,25 @@ def options(function: Callable[..., None]) -> Callable[..., None]:
 @options
 def calibrate(output: Output, model: Path, arguments: list[str], values: dict[str, Any]) -> None:
     """Train routers, experts or all of a result on a few tokens; an interrupted run goes on."""
-    from moe_convert.calibrate.alone import alone
     from moe_convert.calibrating import Processes, calibrate_folder, calibration_request
 
     is_main = os.environ.get("RANK", "0") == "0"
     launcher = "none" if values["launcher"] in {None, "auto"} else values["launcher"]
     processes = Processes(launcher, tuple(arguments))
-    with alone(model) if is_main else contextlib.nullcontext():
-        with output.progress() as progress:
-            request = calibration_request(
-                model,
-                changes_from(values, _names()),
-                values["recipe"],
-                source=values["source"],
-                token=values["token"],
-                resume=values["resume"] is not False,
-                processes=processes,
-                progress=progress,
-            )
-        report = calibrate_folder(
-            request, processes, output.err, show=is_main and output.human and output.show_progress
+    with output.progress() as progress:
+        request = calibration_request(
+            model,
+            changes_from(values, _names()),
+            values["recipe"],
+            source=values["source"],
+            token=values["token"],
+            resume=values["resume"] is not False,
+            processes=processes,
+            progress=progress,
         )
+    report = calibrate_folder(
+        request, processes, output.err, show=is_main and output.human and output.show_progress
+    )
     if is_main:
         show_report(output, model, report)
 
@@ -126,10 +123,9 @@ def calibrate_result(output: Output, plan: Plan, manifest: Manifest) -> Manifest
 
     if not calibrates(plan):
         return manifest
-    from moe_convert.calibrate.alone import alone
 
     show = output.human and output.show_progress
-    with alone(plan.output), output.progress() as progress:
+    with output.progress() as progress:
         report = calibrate_plan(plan, output.err, show=show, progress=progress)
     require_gates(report, plan.output)
     return load_manifest(plan.output)
