@@ -17,8 +17,8 @@ from moe_convert.calibrate.launch import answer_of, asked_for, launched
 from moe_convert.calibrate.run import run
 from moe_convert.checkpoint import read_folder
 from moe_convert.errors import MoeConvertError, UsageError
+from tests.calibration import Stop, job_of
 from tests.conftest import Dense
-from tests.test_calibrate import Stop, job_of
 from tests.test_cli import invoke
 from tests.tools import converted
 

@@ -33,8 +33,7 @@ from moe_convert.errors import UsageError, VerificationError
 from moe_convert.manifest import CalibrationReport, load_manifest
 from moe_convert.reproduce import Places, reproduce
 from moe_convert.training.state import TENSORS
-from tests.conftest import Dense
-from tests.test_calibrate import (  # noqa: F401
+from tests.calibration import (  # noqa: F401
     NOISY,
     SPLIT,
     Made,
@@ -45,6 +44,7 @@ from tests.test_calibrate import (  # noqa: F401
     originals,
     text,
 )
+from tests.conftest import Dense
 from tests.test_cli import invoke
 from tests.tools import digest, edit_tensors, tensors
 

@@ -35,8 +35,7 @@ from moe_convert.experts import Clone, Contribution
 from moe_convert.manifest import CalibrationReport, load_manifest
 from moe_convert.targets import TARGETS
 from moe_convert.training.batches import order
-from tests.conftest import Dense
-from tests.test_calibrate import (
+from tests.calibration import (
     NOISY,
     Made,
     Stop,
@@ -47,6 +46,7 @@ from tests.test_calibrate import (
     originals,
     text,
 )
+from tests.conftest import Dense
 from tests.test_cli import invoke
 from tests.tools import digest, tensors
 

@@ -21,8 +21,8 @@ from moe_convert.splitting import Splitter
 from moe_convert.targets import TARGETS
 from moe_convert.verify import _watched_routers
 from moe_convert.workflow import upcycle
+from tests.calibration import job_of
 from tests.conftest import Dense
-from tests.test_calibrate import job_of
 from tests.tiny import TINY, VOCAB_SIZE
 from tests.tools import converted, difference, load, logits, planned, tensors
 
