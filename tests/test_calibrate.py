@@ -116,18 +116,17 @@ def test_every_target_has_its_parts_and_goes_back_to_the_same_bytes(
     """What memory calls trained tensors has a place on disk, and nothing is lost on the way."""
     folder = tmp_path / "out"
     converted(dense(model_type, variant), folder, target__architecture=target)
-    refs = read_folder(folder)
+    refs, model, row = read_folder(folder), load(folder, torch.float32), target_of(folder)
+    watch = Watch(model, row, top_k=2)
+    with torch.no_grad(), watch.recording():
+        model(input_ids=torch.arange(24).view(2, 12), use_cache=False)
+    assert (watch.num_layers, watch.num_experts) == (3, 4)
+    assert watch.counts().sum(dim=1).tolist() == [48.0] * 3
+    assert all(logits.shape == (24, 4) for logits in watch.logits)
     for part in ("router", "experts", "norms", "all"):
-        model, row = load(folder, torch.float32), target_of(folder)
         rates = {"lr": 1e-3, "router_factor": 1}
         section = Calibration.model_validate({"train": part, "optimizer": rates})
         trained = prepare_student(model, row, section)
-        watch = Watch(model, row, top_k=2)
-        with torch.no_grad(), watch.recording():
-            model(input_ids=torch.arange(24).view(2, 12), use_cache=False)
-        assert (watch.num_layers, watch.num_experts) == (3, 4)
-        assert watch.counts().sum(dim=1).tolist() == [48.0] * 3
-        assert all(logits.shape == (24, 4) for logits in watch.logits)
         models = Models(model, model, None, watch, Stepper(trained, section, 1))
         stored = dict(stored_tensors(folder, model, named_tensors(models)))
         assert stored

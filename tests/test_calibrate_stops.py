@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,21 +36,35 @@ from tests.calibration import (
 from tests.conftest import Dense
 from tests.tools import digest, tensors
 
+BALANCED: dict[str, Any] = {"objective": {"lm": 1.0, "aux": 0.1}, "train": "router+experts"}
+
+
+@pytest.fixture(scope="module")
+def whole(
+    originals: Made, dense: Dense, text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """Return the tensors after a run that nothing cut short."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    shutil.copytree(originals(**NOISY), folder)
+    run(*job_of(folder, dense(), text, **BALANCED))
+    return tensors(folder)
+
 
 @pytest.mark.parametrize("killed_at", [1, 3, 5])
 def test_a_killed_run_ends_with_the_same_bytes(
-    copy: Made, calibrated: Callable[..., CalibrationReport], killed_at: int
+    copy: Made,
+    calibrated: Callable[..., CalibrationReport],
+    whole: dict[str, bytes],
+    killed_at: int,
 ) -> None:
-    settings = {"objective": {"lm": 1.0, "aux": 0.1}, "train": "router+experts"}
-    whole, cut = copy("whole", **NOISY), copy("cut", **NOISY)
-    calibrated(whole, **settings)
+    cut = copy("cut", **NOISY)
     before = digest(cut)
     with pytest.raises(RuntimeError, match="killed"):
-        calibrated(cut, Stop(killed_at), **settings)
+        calibrated(cut, Stop(killed_at), **BALANCED)
     assert {name: value for name, value in digest(cut).items() if name in before} == before
-    report = calibrated(cut, **settings)
+    report = calibrated(cut, **BALANCED)
     assert report.resumed_from == (killed_at // 2 * 2 or None)
-    assert tensors(cut) == tensors(whole)
+    assert tensors(cut) == whole
     log = (cut / "calibration.jsonl").read_text("utf-8").splitlines()
     steps = [json.loads(line)["step"] for line in log]
     assert steps == list(range(1, 7))
@@ -57,18 +72,17 @@ def test_a_killed_run_ends_with_the_same_bytes(
 
 
 def test_an_interrupt_writes_a_checkpoint(
-    copy: Made, calibrated: Callable[..., CalibrationReport]
+    copy: Made, calibrated: Callable[..., CalibrationReport], whole: dict[str, bytes]
 ) -> None:
-    whole, cut = copy("whole", **NOISY), copy("cut", **NOISY)
-    calibrated(whole)
+    cut = copy("cut", **NOISY)
     with pytest.raises(KeyboardInterrupt):
-        calibrated(cut, Stop(3, signal.SIGINT))
+        calibrated(cut, Stop(3, signal.SIGINT), **BALANCED)
     assert sorted(path.name for path in (cut / WORK).iterdir()) == [
         "step-00000002",
         "step-00000003",
     ]
-    assert calibrated(cut).resumed_from == 3
-    assert tensors(cut) == tensors(whole)
+    assert calibrated(cut, **BALANCED).resumed_from == 3
+    assert tensors(cut) == whole
 
 
 def test_a_process_killed_at_random_ends_with_the_same_bytes(
@@ -76,7 +90,7 @@ def test_a_process_killed_at_random_ends_with_the_same_bytes(
 ) -> None:
     """A real SIGKILL, wherever it hits."""
     whole, cut = copy("whole", **NOISY), copy("cut", **NOISY)
-    settings: dict[str, Any] = {"max_steps": 60, "save_every": 3, "keep": 1}
+    settings: dict[str, Any] = {"max_steps": 30, "save_every": 3, "keep": 1}
     calibrated(whole, **settings)
     job, ids_BT = job_of(cut, dense(), text, **settings)
     path = job.save(ids_BT)
