@@ -196,7 +196,8 @@ CHOICES: dict[str, Choice] = {
         str,
         "--data",
         "Text that routers are made and measured on: a .txt, .jsonl or .parquet file, a glob, "
-        "org/name on the Hub, or self: the source writes it (default: a short built-in text).",
+        "org/name on the Hub, self (the source writes it) or self:TEXT (and continues pieces of "
+        "that) (default: a short built-in text).",
         "Data",
     ),
     "text_field": Choice(

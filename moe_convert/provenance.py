@@ -160,7 +160,10 @@ def calibrations(manifest: Manifest) -> Iterator[Recipe]:
 def local_data(recipe: Recipe) -> bool:
     """Whether a recipe's text is a file or a glob, of which a manifest keeps the last part only."""
     data = recipe.data
-    return isinstance(data.train, str) and data.hub is None and not data.is_self
+    if data.is_self and data.continued is None:
+        return False
+    data = data.continued or data
+    return isinstance(data.train, str) and data.hub is None
 
 
 def named_only(info: SourceInfo, model: str) -> bool:

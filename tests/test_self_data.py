@@ -22,7 +22,7 @@ from moe_convert.checkpoint.names import auto_class
 from moe_convert.cli import app
 from moe_convert.data import Data, SelfWriter, check_varied, token_ids, tokenizer_of
 from moe_convert.data.decoding import choose, fold_queries, sample
-from moe_convert.data.starts import PROMPTS, Start, chat_starts, document_start
+from moe_convert.data.starts import PIECE, PROMPTS, Start, chat_starts, document_start
 from moe_convert.data.writing import pieces, row_starts, written
 from moe_convert.errors import SourceError, UnsupportedError, UsageError
 from moe_convert.wrappers import special_tokens
@@ -130,7 +130,7 @@ def bare(dense: Dense, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ids(folder: Path, **settings: Any) -> torch.Tensor:
     """Return what `data.train: self` gives."""
-    data = Data(train="self", **settings)
+    data = Data.model_validate({"train": "self", **settings})
     return token_ids(data, folder, VOCAB_SIZE, SelfWriter(open_source(str(folder))))
 
 
@@ -185,6 +185,42 @@ def test_half_are_documents_and_half_are_chats(chatty: Path) -> None:
     assert all(text.startswith("<s>user:") for text in texts[1::2])
     assert all(text.startswith("</s>") for text in texts[::2])
     assert not any(text.startswith("</s><s>user:") for text in texts[::2])
+
+
+def test_pieces_of_a_given_text_are_continued(chatty: Path, tmp_path: Path) -> None:
+    """From random places of it, behind what begins a document, and then in the model's words."""
+    text = tmp_path / "deep" / "notes.txt"
+    text.parent.mkdir()
+    text.write_text(" ".join(f"Line {n} of the notes." for n in range(99)), encoding="utf-8")
+    settings = {"seq_len": 512, "max_tokens": 2048, "shuffle_seed": 3}
+    made = ids(chatty, train=f"self:{text}", **settings)
+    read = token_ids(Data(train=str(text), **settings), chatty, VOCAB_SIZE).flatten().tolist()
+    starts = [
+        made[row, begin : begin + PIECE + 1].tolist() for row in range(4) for begin in (0, 256)
+    ]
+    assert all(start[0] == EOS for start in starts)
+    windows = [read[place : place + PIECE] for place in range(len(read))]
+    places = {windows.index(start[1:]) for start in starts}
+    assert len(places) > 4
+    assert not any(made[0, 1 : PIECE + 20].tolist() == read[p : p + PIECE + 19] for p in places)
+    assert torch.equal(ids(chatty, train=f"self:{text}", **settings), made)
+    text.write_text("The river rose in the night. " * 40, encoding="utf-8")
+    assert not torch.equal(ids(chatty, train=f"self:{text}", **settings), made)
+    data = Data(train=f"self:{text}")
+    assert data.is_self
+    assert data.name == data.public.train == "self:notes.txt"
+    hub = Data(train="self:org/texts")
+    assert hub.continued is not None
+    assert hub.continued.hub is not None
+    assert hub.public == hub
+
+
+def test_a_text_to_continue_must_be_there(chatty: Path, tmp_path: Path) -> None:
+    argv = ["plan", str(chatty), "--data", f"self:{tmp_path / 'none.txt'}", "--router", "centroid"]
+    result = CliRunner().invoke(app, argv)
+    assert result.exit_code == 2
+    assert "There is no file" in result.stderr
+    assert "none.txt to read text from." in result.stderr.replace("\n", "")
 
 
 def test_every_piece_of_a_row_begins_a_text(chatty: Path) -> None:

@@ -19,6 +19,7 @@ from moe_convert.checkpoint import Source, read_folder, sha256_of
 from moe_convert.checkpoint.replace import WORK, recover
 from moe_convert.checkpoint.source import read_config
 from moe_convert.data import Data, SelfWriter, token_ids
+from moe_convert.data.settings import SELF
 from moe_convert.errors import UsageError
 from moe_convert.manifest import Manifest, load_manifest
 from moe_convert.provenance import content_sha256, files_of
@@ -171,10 +172,10 @@ def _data(data: Data, max_tokens: int, device: str) -> Data:
 
     Its own text takes long to write, so a long run goes over it several times.
     """
-    train = "self" if data.train is None else data.train
-    if train == "self":
+    data = data.model_copy(update={"train": SELF if data.train is None else data.train})
+    if data.is_self:
         max_tokens = min(max_tokens, SELF_TOKENS[device])
-    return data.model_copy(update={"train": train, "max_tokens": max_tokens})
+    return data.model_copy(update={"max_tokens": max_tokens})
 
 
 def _made(folder: Path, manifest: Manifest) -> Made:

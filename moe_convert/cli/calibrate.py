@@ -41,8 +41,9 @@ OWN = {
     ],
 }
 DATA_HELP = (
-    "Text to learn from: a .txt, .jsonl or .parquet file, a glob, org/name on the Hub, or self, "
-    "which the source writes it (default: the conversion's if that is on the Hub, or self)."
+    "Text to learn from: a .txt, .jsonl or .parquet file, a glob, org/name on the Hub, self, which "
+    "the source writes, or self:TEXT, of which it continues pieces (default: the conversion's if "
+    "that is on the Hub, or self)."
 )
 SHARED = ("recipe", "set_", "token", "data", "text_field", "device")
 """Options of `upcycle` that mean the same here, beside those of its panel Calibration."""

@@ -36,8 +36,9 @@ class Data(BaseModel):
 
     train: str | HubDataset | None = Field(
         None,
-        description="self (the dense source writes it), a file, a glob, org/name or {hub: …}; "
-        "null: a short built-in text",
+        description="self (the dense source writes it), self:TEXT (and continues pieces of a "
+        "file, a glob or org/name), a file, a glob, org/name or {hub: …}; null: a short built-in "
+        "text",
     )
     format: Literal["auto", "txt", "jsonl", "parquet"] = "auto"
     text_field: str = Field("text", description="where JSON lines or tables keep the text")
@@ -49,7 +50,14 @@ class Data(BaseModel):
     @property
     def is_self(self) -> bool:
         """Whether the dense source writes the text; a file of that name is `./self`."""
-        return self.train == SELF
+        return isinstance(self.train, str) and self.train.partition(":")[0] == SELF
+
+    @property
+    def continued(self) -> Data | None:
+        """The text of which `self:TEXT` continues pieces, as data of its own."""
+        if not self.is_self or self.train == SELF:
+            return None
+        return self.model_copy(update={"train": str(self.train).partition(":")[2]})
 
     @property
     def hub(self) -> HubDataset | None:
@@ -68,6 +76,8 @@ class Data(BaseModel):
         """What reports call it."""
         if self.train is None:
             return "built-in sample"
+        if self.continued is not None:
+            return f"{SELF}:{self.continued.name}"
         return self.hub.hub if self.hub else Path(str(self.train)).name
 
     @property
@@ -75,4 +85,6 @@ class Data(BaseModel):
         """The same without local folders."""
         if not isinstance(self.train, str) or self.hub:
             return self
+        if self.continued is not None:
+            return self.model_copy(update={"train": f"{SELF}:{self.continued.public.train}"})
         return self.model_copy(update={"train": Path(self.train).name})

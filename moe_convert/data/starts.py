@@ -2,7 +2,8 @@
 
 A document begins as the tokenizer begins a text, or behind a document separator. A chat begins with
 what the chat template puts before the first user's words; the model writes user and assistant in
-turn, and the template's words between them are put in.
+turn, and the template's words between them are put in. Pieces of a given text are continued behind
+what begins a document.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moe_convert.data.packing import prefix_of
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
@@ -26,6 +28,9 @@ PROMPTS = (
     "User: ", "Ingredients:", "News:", "Le ", "Der ", "El ", "On the", "According to",
 )  # fmt: skip
 """Beginnings that say little, for models without a chat template."""
+
+PIECE = 32
+"""Tokens of a text that are continued."""
 
 ROLES = ("user", "assistant", "user")
 MARKS = ("First7words", "Second8words", "Third9words")
@@ -69,6 +74,17 @@ def chat_starts(tokenizer: PreTrainedTokenizerBase) -> list[Start]:
         return [Start(first, tuple(turns))]
     before = document_start(tokenizer, None).first
     return [Start((*before, *_ids(tokenizer, prompt))) for prompt in PROMPTS]
+
+
+def continuations(
+    text_N: torch.Tensor, before: tuple[int, ...], number: int, generator: torch.Generator
+) -> list[Start]:
+    """Return starts that are pieces of a text, int64 [N], from random places of it."""
+    import torch
+
+    length = min(PIECE, len(text_N))
+    places = torch.randint(len(text_N) - length + 1, (number,), generator=generator).tolist()
+    return [Start((*before, *text_N[place : place + length].tolist())) for place in places]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

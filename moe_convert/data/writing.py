@@ -1,9 +1,10 @@
 """The dense source writes its own text: no data set, and no licence but the model's.
 
-Half of the rows are documents, the other half chats, sampled at temperature 1. Rows are made of
-pieces, which keeps batches large and caches short. What was written is kept in the cache folder.
+Half of the rows are documents, the other half chats, or all continue pieces of a given text,
+sampled at temperature 1. Rows are made of pieces, which keeps batches large and caches short. What
+was written is kept in the cache folder.
 
-B rows · P pieces · T tokens
+B rows · P pieces · T tokens · N tokens of a given text
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from moe_convert.checkpoint.gguf import cache_dir
 from moe_convert.checkpoint.names import auto_class
 from moe_convert.data.checks import check_varied
 from moe_convert.data.packing import check_known, tokenizer_of
-from moe_convert.data.starts import Start, chat_starts, document_start, end_tokens
+from moe_convert.data.starts import Start, chat_starts, continuations, document_start, end_tokens
 from moe_convert.errors import UnsupportedError, UsageError
 from moe_convert.runtime import bf16_is_fast
 from moe_convert.wrappers import special_tokens
@@ -51,8 +52,12 @@ class SelfWriter:
     progress: Progress = lambda what, done, total: None
     device: str = "auto"
 
-    def __call__(self, rows: int, seq_len: int, seed: int) -> torch.Tensor:
+    def __call__(
+        self, rows: int, seq_len: int, seed: int, text_N: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return int64 [B, T], from the cache if the same was written before.
+
+        Where there is `text_N` every piece continues some of it.
 
         Raises:
             UnsupportedError: transformers cannot load it as a model that writes text.
@@ -65,15 +70,17 @@ class SelfWriter:
                 "The source can only write text with its weights on this disk.",
                 "Leave --no-download out, or give text with --data.",
             )
-        path = cache_dir() / f"self-{_key(self.source, rows, seq_len, seed)}.safetensors"
+        path = cache_dir() / f"self-{_key(self.source, rows, seq_len, seed, text_N)}.safetensors"
         ids_BT = _kept(path)
         if ids_BT is None:
-            ids_BT = self._write(rows, seq_len, seed)
+            ids_BT = self._write(rows, seq_len, seed, text_N)
             check_varied(ids_BT, "The source's own text")
             _keep(path, ids_BT)
         return ids_BT
 
-    def _write(self, rows: int, seq_len: int, seed: int) -> torch.Tensor:
+    def _write(
+        self, rows: int, seq_len: int, seed: int, text_N: torch.Tensor | None
+    ) -> torch.Tensor:
         import torch
 
         from moe_convert.data.decoding import fold_queries
@@ -81,10 +88,9 @@ class SelfWriter:
         self.progress("write", 0, rows * seq_len)
         model = load_writer(self.source.folder, self.device)
         fold_queries(model)
+        tokenizer = _tokenizer(self.source.folder)
         try:
-            return written(
-                model, _tokenizer(self.source.folder), rows, seq_len, seed, self.progress
-            )
+            return written(model, tokenizer, rows, seq_len, seed, text_N, self.progress)
         finally:
             del model
             gc.collect()
@@ -98,9 +104,10 @@ def written(
     rows: int,
     seq_len: int,
     seed: int,
+    text_N: torch.Tensor | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> torch.Tensor:
-    """Return what a model writes, int64 [B, T]; nothing but the seed decides it.
+    """Return what a model writes, int64 [B, T]; nothing but the seed and the text decides it.
 
     Raises:
         UsageError: the tokenizer begins texts with a token that the model does not know.
@@ -113,7 +120,7 @@ def written(
     num_pieces, width = pieces(seq_len, getattr(config, "max_position_embeddings", None))
     generator = torch.Generator().manual_seed(seed)
     uniform_PT = torch.rand(rows * num_pieces, width, generator=generator)
-    starts = row_starts(tokenizer, config, rows, num_pieces, generator)
+    starts = row_starts(tokenizer, config, rows, num_pieces, generator, text_N)
     given = (token for start in starts for part in (start.first, *start.turns) for token in part)
     check_known(max(given), config.vocab_size)
     ends = end_tokens(tokenizer, config, model.config, model.generation_config)
@@ -147,14 +154,18 @@ def row_starts(
     rows: int,
     num_pieces: int,
     generator: torch.Generator,
+    text_N: torch.Tensor | None = None,
 ) -> list[Start]:
     """Return the start of every piece: rows of documents and of chats take turns.
 
-    Without a tokenizer a random token stands for the beginning of a chat.
+    Without a tokenizer a random token stands for the beginning of a chat. With a text all begin
+    with pieces of it.
     """
     import torch
 
     document = document_start(tokenizer, getattr(config, "bos_token_id", None))
+    if text_N is not None:
+        return continuations(text_N, document.first, rows * num_pieces, generator)
     num_chats = rows // 2 * num_pieces
     if tokenizer is None:
         drawn = torch.randint(config.vocab_size, (num_chats,), generator=generator).tolist()
@@ -223,11 +234,13 @@ def _tokenizer(folder: Path | None) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _key(source: Source, rows: int, seq_len: int, seed: int) -> str:
-    """Return a hash of everything that decides the text: weights, tokenizer, seed and counts."""
+def _key(source: Source, rows: int, seq_len: int, seed: int, text_N: torch.Tensor | None) -> str:
+    """Return a hash of all that decides the text: weights, tokenizer, seed, counts, given text."""
     files = {ref.path: ref for ref in source.tensors.values()}
     stamps = sorted((path.name, *map(str, ref.stamp)) for path, ref in files.items())
     parts = [repr((VERSION, PIECE_TOKENS, rows, seq_len, seed)), repr(stamps)]
+    if text_N is not None:
+        parts.append(hashlib.sha256(text_N.numpy().tobytes()).hexdigest())
     for name in sorted({*TOKENIZER_FILES, "config.json", "generation_config.json"}):
         file = source.folder / name if source.folder else None
         digest = hashlib.sha256(file.read_bytes()).hexdigest() if file and file.is_file() else ""
