@@ -256,7 +256,7 @@ CHOICES: dict[str, Choice] = {
         ("calibration.dense_router",),
         bool,
         "--dense-router/--no-dense-router",
-        "Straight-through router gradient from all experts; slow.",
+        "Straight-through router gradient from all experts; slow where they are wide.",
         "Calibration",
     ),
     "max_tokens": Choice(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +220,27 @@ def test_the_value_of_a_straight_through_model_is_the_sparse_one(originals: Made
     plain = model(input_ids=ids_BT).logits
     Watch(model, row, top_k=2, dense_router=True)
     torch.testing.assert_close(model(input_ids=ids_BT).logits, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("made", [SPLIT, NOISY], ids=["split", "clone"])
+def test_a_wide_ffn_tells_a_straight_through_router_what_the_experts_do(
+    originals: Made, made: dict[str, Any]
+) -> None:
+    def gradients(wide: bool) -> list[torch.Tensor]:
+        model, row = load(originals(**made), torch.float32), target_of(originals(**made))
+        trained = prepare_student(model, row, Calibration(train=("router", "experts")))
+        assert not wide or widen_experts(model, 2, "cpu", all_fire=True)
+        watch = Watch(model, row, top_k=2, dense_router=True, wide=wide)
+        ids_BT = torch.arange(32).view(2, 16)
+        with torch.no_grad(), watch.permuted(32, torch.Generator().manual_seed(0)):
+            model(input_ids=ids_BT)
+        model(input_ids=ids_BT, labels=ids_BT).loss.backward()
+        return [one.parameter.grad for one in trained]
+
+    experts = gradients(wide=False)
+    assert max(float(grad.abs().max()) for grad in experts) > 1e-4
+    for found, expected in zip(gradients(wide=True), experts, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-4)
 
 
 def test_loss_free_balancing_moves_the_stored_bias(

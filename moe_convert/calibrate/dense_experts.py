@@ -9,6 +9,7 @@ T tokens · D hidden size · E routed experts · K chosen experts · F width of 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "moe_convert_dense"
+GATES = "straight_through_gates"
+"""Attribute of a module of experts with the gates of all of them, [T, E]."""
 MOVING = {"cpu": 64, "cuda": 192}
 """Width of an expert that takes as long to multiply by as moving a token to an expert and back.
 
@@ -29,17 +32,23 @@ GPUs worked out from the bytes that are moved.
 """
 
 
-def widen_experts(model: PreTrainedModel, top_k: int, device: str) -> bool:
-    """Let a model run its experts as one wide FFN if that costs less; return whether it will."""
+def widen_experts(
+    model: PreTrainedModel, top_k: int, device: str, *, all_fire: bool = False
+) -> bool:
+    """Let a model run its experts as one wide FFN if that costs less; return whether it will.
+
+    Where `all_fire` anyway, in a straight-through router's gradient, it always costs less.
+    """
     found = [module for _, module in modules_of(model, "experts")]
-    if not found or not all(_can(module, top_k, MOVING[device]) for module in found):
+    moving = math.inf if all_fire else MOVING[device]
+    if not found or not all(_can(module, top_k, moving) for module in found):
         return False
     ALL_EXPERTS_FUNCTIONS.register(NAME, every_expert)
     model.set_experts_implementation(NAME)
     return True
 
 
-def _can(experts: Any, top_k: int, moving: int) -> bool:
+def _can(experts: Any, top_k: int, moving: float) -> bool:
     """Whether these are plain experts of transformers, and it pays."""
     others = ("has_bias", "is_transposed", "has_post_expert_norm")
     known = getattr(experts, "has_gate", None) is not None
@@ -55,10 +64,14 @@ def every_expert(
     """Return what the chosen experts give, weighted and added up, as [T, D].
 
     A product with `down` is linear, so that what goes into it can be weighted instead of what comes
-    out, and a single product adds up all experts.
+    out, and a single product adds up all experts. Gates of all experts, where the module has them,
+    get the gradient that they would have if they were the weights: see `losses.straight_through`.
     """
     shape = (len(x_TD), experts.num_experts)
     weights_TE = weights_TK.new_zeros(shape).scatter(1, chosen_TK, weights_TK)
+    gates_TE = getattr(experts, GATES, None)
+    if gates_TE is not None:
+        weights_TE = weights_TE + (gates_TE - gates_TE.detach()).to(weights_TE.dtype)
     into_EFD = experts.gate_up_proj if experts.has_gate else experts.up_proj
     inside_TEF = functional.linear(x_TD, into_EFD.flatten(0, 1)).unflatten(1, (shape[1], -1))
     inside_TEF = experts._apply_gate(inside_TEF) if experts.has_gate else experts.act_fn(inside_TEF)

@@ -114,9 +114,12 @@ def _models(job: Job, accelerator: Accelerator) -> Models:
     trained = prepare_student(student, target, section, own, accelerator.device)
     if section.train and not trained:
         raise MoeConvertError("The model has no tensor that the section trains.")
-    if not section.dense_router and section.parallel != "experts":
-        widen_experts(student, job.top_k, accelerator.device.type)
-    watch = Watch(student, target, job.top_k, job.null_experts, dense_router=section.dense_router)
+    dense_router, device = section.dense_router, accelerator.device.type
+    wide = section.parallel != "experts" and widen_experts(
+        student, job.top_k, device, all_fire=dense_router
+    )
+    hears = {"dense_router": dense_router, "wide": wide}
+    watch = Watch(student, target, job.top_k, job.null_experts, **hears)
     scaled = section.mixed_precision == "fp16"
     stepper = Stepper(trained, section, job.steps, scaled=scaled)
     several = accelerator.num_processes > 1 and replicated

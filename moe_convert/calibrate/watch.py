@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_convert.calibrate.dense_experts import GATES
 from moe_convert.calibrate.models import modules_of
 from moe_convert.losses import score_spread, straight_through
 from moe_convert.targets import MoeTarget
@@ -34,10 +35,12 @@ class Watch:
         null_experts: int = 0,
         *,
         dense_router: bool = False,
+        wide: bool = False,
     ) -> None:
         """Hook every layer; with `dense_router` the routers hear of all experts.
 
-        The last `null_experts` are zeros, and to choose one is to choose nobody.
+        Those do so at no cost that are run as one `wide` FFN. The last `null_experts` are zeros,
+        and to choose one is to choose nobody.
         """
         self.target, self.top_k, self._dense_router = target, top_k, dense_router
         self.logits: list[torch.Tensor] = []
@@ -52,7 +55,9 @@ class Watch:
         self._null_experts = null_experts
         for layer, router in enumerate(routers):
             router.register_forward_hook(functools.partial(self._routed, layer))
-        for layer, (_, experts) in enumerate(modules_of(model, "experts") if dense_router else ()):
+        self._experts = [module for _, module in modules_of(model, "experts") if dense_router]
+        self._wide = wide
+        for layer, experts in enumerate(() if wide else self._experts):
             experts.register_forward_hook(functools.partial(self._mixed, layer))
 
     def _routed(self, layer: int, router: torch.nn.Module, args: Any, out: Any) -> Any:
@@ -62,6 +67,12 @@ class Watch:
             logits_TE = logits_TE.clamp(min=1e-30).log()
         if self._dense_router:
             self._last[layer] = logits_TE
+            if self._wide:
+                setattr(
+                    self._experts[layer],
+                    GATES,
+                    self._heard(layer, *(part.flatten(0, -2) for part in out[1:])),
+                )
         if self._recording:
             chosen_TK = out[2] if isinstance(out, tuple) else logits_TE.topk(self.top_k).indices
             self.logits.append(logits_TE[:, : self.num_experts])
@@ -75,22 +86,34 @@ class Watch:
         self, layer: int, module: Any, args: tuple[Any, ...], out: torch.Tensor
     ) -> torch.Tensor:
         """Run every expert on every token, and let the router hear of it."""
-        if self._order_T is not None or not torch.is_grad_enabled():
-            return out
         hidden, chosen_TK, weights_TK = args
-        logits_TE = self._last[layer]
+        gates_TE = self._heard(layer, weights_TK, chosen_TK)
+        if gates_TE is None:
+            return out
         one = torch.ones_like(chosen_TK[:, :1])
         with torch.no_grad():
             outputs = [
                 module.forward(hidden, one * e, one.to(weights_TK.dtype)).flatten(0, -2)
                 for e in range(self.num_experts)
             ]
-        sigmoid = self.target.scoring == "sigmoid"
-        scores_TE = logits_TE.float().sigmoid() if sigmoid else logits_TE.float().softmax(-1)
-        scale_T1 = weights_TK.float().sum(-1, keepdim=True)
-        gates_TE = scores_TE / scores_TE.gather(1, chosen_TK).sum(-1, keepdim=True) * scale_T1
         mixed = straight_through(out.flatten(0, -2), torch.stack(outputs), gates_TE)
         return mixed.view_as(out)
+
+    def _heard(
+        self, layer: int, weights_TK: torch.Tensor, chosen_TK: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the gates of all experts by which a router learns [T, E]; None if it does not.
+
+        They are the scores, in the proportion in which those of the chosen experts are weights.
+        """
+        if self._order_T is not None or not torch.is_grad_enabled():
+            return None
+        logits_TE = self._last[layer].float()
+        scores_TE = (
+            logits_TE.sigmoid() if self.target.scoring == "sigmoid" else logits_TE.softmax(-1)
+        )
+        chosen_T1 = scores_TE.gather(1, chosen_TK).sum(-1, keepdim=True)
+        return scores_TE / chosen_T1 * weights_TK.detach().float().sum(-1, keepdim=True)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
