@@ -23,7 +23,7 @@ from moe_convert.grouping.parts import portions
 from moe_convert.inputs import Inputs
 from moe_convert.manifest import SplitReport
 from moe_convert.plan import Plan, blank_experts
-from moe_convert.plan.estimate import offload_folder
+from moe_convert.plan.estimate import offload_folder, states_device
 from moe_convert.plan.layout import Named, without_ffn
 from moe_convert.routers import Routed, States, routed
 from moe_convert.runtime import exact_products, products
@@ -78,7 +78,7 @@ class Splitter:
         self._rest = {
             n: self._alone(named) for n, named in without_ffn(plan.layout, weights).items()
         }
-        self._room = Room(device, offload_folder(plan))
+        self._room = Room(states_device(plan, device), offload_folder(plan))
         with self._products():
             self._dense = DenseStream(
                 local.config, plan.layout.family, weights, inputs.data_BT, device, self._room

@@ -549,6 +549,7 @@ ON_GPU: dict[str, dict[str, Any]] = {
     "threshold": {**STEERED, "router__select": "threshold"},
     "layers auto": {**STEERED, "target__layers": "auto"},
     "offload": {"runtime__offload_dir": "states", **SOLVED},
+    "small GPU": SOLVED,
 }
 """Whatever can be done on a GPU, by what is tried."""
 
@@ -559,9 +560,15 @@ ON_GPU: dict[str, dict[str, Any]] = {
     reason="torch sees no CUDA device: NOTHING of the GPU path is tested here",
 )
 def test_a_gpu_finds_what_a_cpu_finds(
-    dense: Dense, tmp_path: Path, text: str, split: dict[str, Any], case: str
+    dense: Dense,
+    tmp_path: Path,
+    text: str,
+    split: dict[str, Any],
+    case: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Close calls may go to another cluster: only groups that are given are the same ones."""
+    monkeypatch.setattr("moe_convert.plan.estimate.GPU_SHARE", 0.0 if case == "small GPU" else 0.5)
     changes, source = {**split, **ON_GPU[case]}, dense(num_hidden_layers=4)
     if "runtime__offload_dir" in changes:
         changes["runtime__offload_dir"] = str(tmp_path)

@@ -27,6 +27,8 @@ START_S = {"copying": (3.0, 1.0), "running": (12.0, 4.0)}
 """Seconds until the first byte, slowest and fastest: weights alone, or models that have to run."""
 SPLIT_RUNS = 8.0
 """Operations for every token and dense parameter that a fitted split takes beside running it."""
+GPU_SHARE = 0.5
+"""Of a GPU's free memory, that hidden states may take."""
 LARGEST_SHARE = 0.5
 """Of the free memory, from which on hidden states go to the disk."""
 LEARNING_RUNS = 8.0
@@ -184,6 +186,19 @@ def offload_folder(plan: Plan) -> Path | None:
         return Path(wanted).expanduser()
     large = _states_bytes(plan) > LARGEST_SHARE * available_ram_bytes()
     return _existing(plan.output.absolute().parent) if plan.recipe.carves and large else None
+
+
+def states_device(plan: Plan, device: str) -> str:
+    """Return where a split's hidden states stay in memory: on its device, or on the host.
+
+    A GPU gives them at most a share of what it has free, for everything else needs it too.
+    """
+    import torch
+
+    if device != "cuda":
+        return device
+    free_bytes, _ = torch.cuda.mem_get_info()
+    return device if _states_bytes(plan) <= GPU_SHARE * free_bytes else "cpu"
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:
