@@ -15,6 +15,7 @@ Routers alone are held against a bound, as router_bound.py has it.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import time
@@ -127,8 +128,9 @@ def calibrate(args: argparse.Namespace, folder: Path, source: Source) -> None:
     rows["before"] = perplexities(copy, texts, device)
     speed, started = Speed(), time.monotonic()
     settings: dict[str, Any] = {"max_tokens": args.tokens, "batch_size": args.batch_size}
+    settings |= args.settings
     if args.lr:
-        settings["optimizer"] = {"lr": args.lr}
+        settings["optimizer"] = {"lr": args.lr, **settings.get("optimizer", {})}
     job, ids_BT = job_of(args, copy, source, **settings)
     report = run(job, ids_BT, speed)
     seconds = time.monotonic() - started
@@ -162,6 +164,7 @@ def main() -> None:
     parser.add_argument("--text-field", default="text")
     parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--batch-size", type=int, default=None, help="rows of a step")
+    parser.add_argument("--settings", type=json.loads, default={}, help="of the section, as JSON")
     parser.add_argument("--no-routers", action="store_true", help="leave the last table out")
     parser.add_argument("--speed-steps", type=int, default=30)
     parser.add_argument("--peak-tflops", type=float, default=989.0)
