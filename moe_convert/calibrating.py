@@ -107,9 +107,9 @@ def calibration_request(
 
 def _without_local_data(recipe: dict[str, Any]) -> dict[str, Any]:
     """Drop a local file from a recorded recipe, which keeps its name and not its place."""
-    data = recipe.get("data", {})
-    local = isinstance(data.get("train"), str) and data["train"] != "self"
-    return {**recipe, "data": {**data, "train": None}} if local else recipe
+    if not local_data(Recipe.model_validate(recipe)):
+        return recipe
+    return {**recipe, "data": {**recipe["data"], "train": None}}
 
 
 def _check_data(made: dict[str, Any], recipe: Recipe) -> None:

@@ -26,6 +26,12 @@ FULL_TOKENS = 2_000_000
 CPU_TOKENS = 131_072
 STEP_TOKENS = 8192
 """Tokens of one optimiser step where nobody says otherwise."""
+MOVING = {"cpu": 64, "cuda": 192}
+"""Width of an expert that takes as long to multiply by as moving a token to an expert and back.
+
+Measured on one CPU core (hidden size 576, fp32: widths 24 to 192, 2 to 16 experts of 8 to 48); for
+GPUs worked out from the bytes that are moved.
+"""
 
 
 class Objective(Node):
@@ -73,7 +79,11 @@ class Calibration(Node):
     bias_update: float = Field(
         0.0, ge=0, description="loss-free balancing: step of the biases, for scores of spread 0.2"
     )
-    dense_router: bool = Field(False, description="straight-through gradient from all experts")
+    dense_router: bool | None = Field(
+        None,
+        description="straight-through gradient from all experts; null: for splits whose experts "
+        "are so narrow that it costs nothing",
+    )
     max_tokens: int | None = Field(None, ge=16, description="tokens to train on, repeats included")
     max_steps: int | None = Field(None, ge=1)
     batch_size: int | None = Field(None, ge=1, description="rows of a step, over all processes")
@@ -128,7 +138,9 @@ class Preset:
     Routers move at 1e-3 for rows of a spread of 0.02, one part in twenty of an entry a step, and
     the experts of clones at a tenth of that. Those of a split have more to learn. Its routers, ten
     times faster than they, got worse: KL to dense after 120 steps 0.56 instead of 0.35 (a model of
-    260k parameters at half of its FFN, from 1.0).
+    260k parameters at half of its FFN, from 1.0). With a straight-through gradient they learn: at a
+    quarter of that FFN, from 1.03 to 0.48 instead of 0.53 after 600k tokens; at half of it, where
+    there is less to choose, from 0.425 to 0.2446 instead of 0.2451.
     """
 
     train: tuple[Part, ...]
@@ -162,20 +174,39 @@ def resolved(section: Calibration, made: Made, *, gpu: bool) -> Calibration:
     tokens = section.max_tokens or (FULL_TOKENS if gpu else CPU_TOKENS)
     precision = section.mixed_precision
     objective = _objective(section.objective, preset, made.target)
-    train = section.train
+    train, dense_router = section.train, section.dense_router
     if train is None:
         train = tuple(part for part in preset.train if part not in kept and objective.terms)
+    if dense_router is None:
+        dense_router = _hears_all(section, made, train, objective, "cuda" if gpu else "cpu")
     if precision == "auto":
         precision = "bf16" if gpu and not objective.hidden else "no"
     return section.model_copy(
         update={
             "train": train,
             "objective": objective,
+            "dense_router": dense_router,
             "optimizer": optimizer,
             "max_tokens": tokens,
             "mixed_precision": precision,
         }
     )
+
+
+def _hears_all(
+    section: Calibration, made: Made, train: tuple[Part, ...], objective: Objective, device: str
+) -> bool:
+    """Return whether routers hear of all experts by default: in a split, if these fire anyway."""
+    learn = {"router", "all"} & set(train) and {"distill", "lm"} & objective.terms.keys()
+    known = isinstance(made.method, Split) and made.gates_are_scores and not made.null_experts
+    together = section.parallel != "experts"
+    sizes = (made.expert_size, made.num_experts, made.top_k)
+    return bool(learn) and known and together and all_cost_less(*sizes, device)
+
+
+def all_cost_less(expert_size: int, num_experts: int, top_k: int, device: str) -> bool:
+    """Return whether all experts on every token cost less than moving tokens to the chosen ones."""
+    return expert_size * (num_experts / top_k - 1) <= MOVING[device]
 
 
 def _objective(given: Objective | None, preset: Preset, target: MoeTarget) -> Objective:
@@ -208,8 +239,15 @@ class Made:
     target: MoeTarget
     exact: bool
     top_k: int
+    num_experts: int
+    expert_size: int
     selection_bias: bool
     null_experts: int = 0
+
+    @property
+    def gates_are_scores(self) -> bool:
+        """Whether the weights of the chosen experts are their scores over the sum of these."""
+        return self.target.weights_sum is not None and not self.target.fixed_top_k
 
 
 def check(section: Calibration, made: Made) -> None:
@@ -344,7 +382,7 @@ def _check_balance(section: Calibration, made: Made) -> None:
             f"{target.model_type} stores no selection bias, which loss-free balancing updates.",
             "Use --aux-coef, or convert to glm4_moe.",
         )
-    if section.dense_router and (target.weights_sum is None or target.fixed_top_k):
+    if section.dense_router and not made.gates_are_scores:
         raise UsageError(
             f"The weights of {target.model_type}'s experts are not scores over their sum, which "
             "the straight-through gradient takes them for.",

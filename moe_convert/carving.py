@@ -181,7 +181,7 @@ def _add_parts(
     x_TD: torch.Tensor,
     target_TD: torch.Tensor,
 ) -> None:
-    """Do the same expert by expert, and nothing above the diagonal."""
+    """Add the products of `_add_masked` expert by expert, and none above the diagonal."""
     fired_TF = x_TD.new_zeros(len(x_TD), len(gram_FF))
     for part, place, token_N in ordered.parts(x_TD):
         value_TN = part.hidden(x_TD.index_select(0, token_N))

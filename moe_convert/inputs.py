@@ -222,7 +222,7 @@ def check_inputs(
         )
     check_data(recipe.data)
     users = recipe.data.train is not None or router.learns
-    if users and folder is not None and recipe.data.hub is None:
+    if users and folder is not None and recipe.data.given.hub is None:
         read_inputs(recipe, shape, vocab_size, folder, unwritten)
 
 

@@ -256,7 +256,8 @@ CHOICES: dict[str, Choice] = {
         ("calibration.dense_router",),
         bool,
         "--dense-router/--no-dense-router",
-        "Straight-through router gradient from all experts; slow where they are wide.",
+        "Straight-through router gradient from all experts (default: for splits whose experts are "
+        "so narrow that it costs nothing).",
         "Calibration",
     ),
     "max_tokens": Choice(

@@ -148,7 +148,7 @@ def unnamed(manifest: Manifest, recipe: Recipe) -> Iterator[tuple[str, str]]:
     names = {model: info.id for info, model in found if named_only(info, model)}
     yield from (("--source-expert", name) for name in names.values())
     if local_data(recipe):
-        yield "--data", recipe.data.name
+        yield "--data", recipe.data.given.name
 
 
 def calibrations(manifest: Manifest) -> Iterator[Recipe]:
@@ -159,11 +159,8 @@ def calibrations(manifest: Manifest) -> Iterator[Recipe]:
 
 def local_data(recipe: Recipe) -> bool:
     """Whether a recipe's text is a file or a glob, of which a manifest keeps the last part only."""
-    data = recipe.data
-    if data.is_self and data.continued is None:
-        return False
-    data = data.continued or data
-    return isinstance(data.train, str) and data.hub is None
+    data = recipe.data.given
+    return isinstance(data.train, str) and data.hub is None and not data.is_self
 
 
 def named_only(info: SourceInfo, model: str) -> bool:

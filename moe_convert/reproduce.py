@@ -122,7 +122,7 @@ def recipe_again(manifest: Manifest, recipe: Recipe, places: Places, output: Pat
     if isinstance(recipe.experts, Compose):
         changes["experts"] = _placed(recipe.experts, manifest, places.experts)
     if places.data and local_data(recipe):
-        changes["data"] = recipe.data.model_copy(update={"train": places.data})
+        changes["data"] = recipe.data.placed(places.data)
     return recipe.model_copy(update=changes)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_convert.calibrate.dense_experts import MOVING, widen_experts
+from moe_convert.calibrate.dense_experts import widen_experts
 from moe_convert.calibrate.models import (
     load,
     modules_of,
@@ -21,7 +21,7 @@ from moe_convert.calibrate.models import (
 from moe_convert.calibrate.step import Models
 from moe_convert.calibrate.watch import Watch
 from moe_convert.calibrate.write_back import named_tensors, stored_tensors
-from moe_convert.calibration import Calibration, patterns
+from moe_convert.calibration import MOVING, Calibration, patterns
 from moe_convert.checkpoint import read_folder
 from moe_convert.manifest import CalibrationReport, load_manifest
 from moe_convert.targets import TARGETS
@@ -224,12 +224,13 @@ def test_the_value_of_a_straight_through_model_is_the_sparse_one(originals: Made
 
 @pytest.mark.parametrize("made", [SPLIT, NOISY], ids=["split", "clone"])
 def test_a_wide_ffn_tells_a_straight_through_router_what_the_experts_do(
-    originals: Made, made: dict[str, Any]
+    originals: Made, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gradients(wide: bool) -> list[torch.Tensor]:
         model, row = load(originals(**made), torch.float32), target_of(originals(**made))
         trained = prepare_student(model, row, Calibration(train=("router", "experts")))
-        assert not wide or widen_experts(model, 2, "cpu", all_fire=True)
+        monkeypatch.setitem(MOVING, "cpu", 10_000)
+        assert not wide or widen_experts(model, 2, "cpu")
         watch = Watch(model, row, top_k=2, dense_router=True, wide=wide)
         ids_BT = torch.arange(32).view(2, 16)
         with torch.no_grad(), watch.permuted(32, torch.Generator().manual_seed(0)):

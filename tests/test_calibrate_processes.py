@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_convert.calibrate.launch import answer_of, asked_for, launched
+from moe_convert.calibrate.launch import answer_of, asked_for, failure, launched
 from moe_convert.calibrate.run import run
 from moe_convert.checkpoint import read_folder
 from moe_convert.errors import MoeConvertError, UsageError
@@ -186,6 +186,27 @@ def test_a_worker_that_was_killed_gives_its_signal(tmp_path: Path) -> None:
     done = subprocess.run([*words, str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 128 + signal.SIGKILL
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_launcher_failed_of_is_what_is_told() -> None:
+    """A process that died is the reason, whatever the others say that cannot reach it."""
+    foreseen, other = (
+        {
+            "code": "usage",
+            "message": message,
+            "hint": "",
+            "foreseen": message == "The data is empty.",
+        }
+        for message in ("The data is empty.", "RuntimeError: connection closed by peer")
+    )
+    killed = 128 + signal.SIGKILL
+    assert failure("torchrun", killed, foreseen).message == "The data is empty."
+    for told in (other, None):
+        error = failure("torchrun", killed, told)
+        assert error.message == "A process was killed by signal 9, often for want of memory."
+        assert error.hint == "The same command goes on at the last checkpoint."
+    assert failure("torchrun", 1, other).message == other["message"]
+    assert failure("torchrun", 3, None).message.startswith("torchrun ended with code 3 before")
 
 
 def test_the_first_worker_to_fail_tells_why(tmp_path: Path) -> None:

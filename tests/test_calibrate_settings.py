@@ -162,9 +162,46 @@ def test_two_callers_cannot_train_one_folder(copy: Made, dense: Dense, text: Pat
     assert len(said) > 1
 
 
-def conversion(target: str = "glm4_moe", *, split: bool = True) -> Conversion:
-    method = Contribution() if split else Clone()
-    return Conversion(method, TARGETS[target], exact=False, top_k=2, selection_bias=True)
+def conversion(
+    target: str = "glm4_moe", *, split: bool = True, width: int = 24, null_experts: int = 0
+) -> Conversion:
+    return Conversion(
+        Contribution() if split else Clone(),
+        TARGETS[target],
+        exact=False,
+        top_k=2,
+        num_experts=4,
+        expert_size=width,
+        selection_bias=True,
+        null_experts=null_experts,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "made", "hears"),
+    [
+        ({}, {}, True),
+        ({"objective": "lm", "train": "all"}, {}, True),
+        ({}, {"split": False}, False),
+        ({}, {"width": 96}, False),
+        ({}, {"target": "phimoe"}, False),
+        ({}, {"null_experts": 1}, False),
+        ({"train": "experts"}, {}, False),
+        ({"objective": "aux", "train": "router"}, {}, False),
+        ({"objective": "hidden"}, {}, False),
+        ({"parallel": "experts"}, {}, False),
+        ({"dense_router": False}, {}, False),
+        ({"dense_router": True}, {"width": 96}, True),
+    ],
+    ids=str,
+)
+def test_routers_hear_of_all_experts_where_that_costs_nothing(
+    settings: dict[str, Any], made: dict[str, Any], hears: bool
+) -> None:
+    section = resolved(Calibration.model_validate(settings), conversion(**made), gpu=False)
+    assert section.dense_router is hears
+    if made.get("width") == 96 and not settings:
+        assert resolved(Calibration(), conversion(**made), gpu=True).dense_router
 
 
 WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [

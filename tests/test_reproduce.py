@@ -21,7 +21,7 @@ from moe_convert.manifest import load_manifest
 from moe_convert.plan import make_plan
 from moe_convert.provenance import content_sha256, unnamed
 from moe_convert.recipe import SCHEMA, Recipe, build_recipe
-from moe_convert.reproduce import Places, reproduce
+from moe_convert.reproduce import Places, recipe_again, reproduce
 from moe_convert.workflow import upcycle
 from tests.conftest import Dense
 from tests.test_cli import invoke
@@ -147,6 +147,12 @@ def test_places_that_only_the_user_knows(source: Path, tmp_path: Path) -> None:
         data = recipe.data.model_copy(update={"train": train})
         elsewhere = recipe.model_copy(update={"data": data})
         assert list(unnamed(manifest, elsewhere)) == [("--source", "dense")]
+    data = recipe.data.model_copy(update={"train": f"self:{text.name}"})
+    continued = recipe.model_copy(update={"data": data})
+    assert list(unnamed(manifest, continued))[1:] == [("--data", "corpus.txt")]
+    for given in (str(text), f"self:{text}"):
+        places = Places(source=str(source), data=given)
+        assert recipe_again(manifest, continued, places, folder).data.train == f"self:{text}"
     with pytest.raises(UsageError, match=r"dense is recorded by its name only.*--source PATH"):
         reproduce(folder, tmp_path / "new")
     with pytest.raises(UsageError, match=r"corpus.txt.*--data PATH"):

@@ -9,13 +9,13 @@ T tokens · D hidden size · E routed experts · K chosen experts · F width of 
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_convert.calibrate.models import modules_of
+from moe_convert.calibration import all_cost_less
 
 if TYPE_CHECKING:
     import torch
@@ -24,38 +24,26 @@ if TYPE_CHECKING:
 NAME = "moe_convert_dense"
 GATES = "straight_through_gates"
 """Attribute of a module of experts with the gates of all of them, [T, E]."""
-MOVING = {"cpu": 64, "cuda": 192}
-"""Width of an expert that takes as long to multiply by as moving a token to an expert and back.
-
-Measured on one CPU core (hidden size 576, fp32: widths 24 to 192, 2 to 16 experts of 8 to 48); for
-GPUs worked out from the bytes that are moved.
-"""
 
 
-def widen_experts(
-    model: PreTrainedModel, top_k: int, device: str, *, all_fire: bool = False
-) -> bool:
-    """Let a model run its experts as one wide FFN if that costs less; return whether it will.
-
-    Where `all_fire` anyway, in a straight-through router's gradient, it always costs less.
-    """
+def widen_experts(model: PreTrainedModel, top_k: int, device: str) -> bool:
+    """Let a model run its experts as one wide FFN if that costs less; return whether it will."""
     found = [module for _, module in modules_of(model, "experts")]
-    moving = math.inf if all_fire else MOVING[device]
-    if not found or not all(_can(module, top_k, moving) for module in found):
+    if not found or not all(map(_can, found)):
+        return False
+    sizes = [(m.down_proj.shape[2], m.down_proj.shape[0]) for m in found]
+    if not all(all_cost_less(*size, top_k, device) for size in sizes):
         return False
     ALL_EXPERTS_FUNCTIONS.register(NAME, every_expert)
     model.set_experts_implementation(NAME)
     return True
 
 
-def _can(experts: Any, top_k: int, moving: float) -> bool:
-    """Whether these are plain experts of transformers, and it pays."""
+def _can(experts: Any) -> bool:
+    """Whether these are plain experts of transformers."""
     others = ("has_bias", "is_transposed", "has_post_expert_norm")
     known = getattr(experts, "has_gate", None) is not None
-    if not known or any(getattr(experts, other, False) for other in others):
-        return False
-    num_experts, _, width = experts.down_proj.shape
-    return bool(width * (num_experts / top_k - 1) <= moving)
+    return known and not any(getattr(experts, other, False) for other in others)
 
 
 def every_expert(

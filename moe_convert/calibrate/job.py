@@ -185,6 +185,8 @@ def _made(folder: Path, manifest: Manifest) -> Made:
         target=target,
         exact=manifest.exact,
         top_k=manifest.target.top_k,
+        num_experts=manifest.target.num_experts,
+        expert_size=manifest.target.expert_size,
         selection_bias=any(target.keeps_dtype(name) for name in read_folder(folder)),
         null_experts=manifest.target.null_experts,
     )

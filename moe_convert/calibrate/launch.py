@@ -27,6 +27,12 @@ COUNTS = {
 }
 NODES = {"accelerate": None, "torchrun": r"--nnodes(?:=(\d+))?$"}
 """How a launcher is told of processes; accelerate counts those of all machines."""
+KILLS = {
+    int(signal.SIGKILL): "often for want of memory",
+    int(signal.SIGSEGV): "a crash in compiled code",
+    int(signal.SIGABRT): "a crash in compiled code",
+}
+"""Signals that end a process before it can say why, and what they mostly mean."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -82,14 +88,29 @@ def launched(job: Path, launcher: str, arguments: Sequence[str], watch: str) -> 
         found = answer_of(Path(folder))
     if found.get("interrupted") or (stopped and not found):
         raise KeyboardInterrupt
-    if not found:
-        raise MoeConvertError(
-            f"{launcher} ended with code {code} before the work was done.",
-            "What it and its processes said is above; --resume goes on at the last checkpoint.",
+    if "report" in found:
+        return CalibrationReport.model_validate(found["report"])
+    raise failure(launcher, code, found.get("error"))
+
+
+def failure(launcher: str, code: int, told: dict[str, Any] | None) -> MoeConvertError:
+    """Return why there is no report: what a worker foresaw, else a death, else what it says.
+
+    Where one process dies the others fail at talking to it.
+    """
+    if told and told["foreseen"]:
+        return _error(told)
+    again = "The same command goes on at the last checkpoint."
+    if code - 128 in KILLS:
+        return MoeConvertError(
+            f"A process was killed by signal {code - 128}, {KILLS[code - 128]}.", again
         )
-    if "error" in found:
-        raise _error(found["error"])
-    return CalibrationReport.model_validate(found["report"])
+    if told:
+        return _error(told)
+    return MoeConvertError(
+        f"{launcher} ended with code {code} before the work was done.",
+        f"MOE_CONVERT_DEBUG=1 shows all that it says. {again}",
+    )
 
 
 def answer_of(folder: Path) -> dict[str, Any]:
@@ -135,7 +156,7 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, old)
 
 
-def _error(found: dict[str, str]) -> MoeConvertError:
+def _error(found: dict[str, Any]) -> MoeConvertError:
     kinds = {
         kind.code: kind
         for kind in vars(errors).values()

@@ -114,10 +114,9 @@ def _models(job: Job, accelerator: Accelerator) -> Models:
     trained = prepare_student(student, target, section, own, accelerator.device)
     if section.train and not trained:
         raise MoeConvertError("The model has no tensor that the section trains.")
-    dense_router, device = section.dense_router, accelerator.device.type
-    wide = section.parallel != "experts" and widen_experts(
-        student, job.top_k, device, all_fire=dense_router
-    )
+    dense_router, device = bool(section.dense_router), accelerator.device.type
+    together = section.parallel != "experts"
+    wide = together and widen_experts(student, job.top_k, device)
     hears = {"dense_router": dense_router, "wide": wide}
     watch = Watch(student, target, job.top_k, job.null_experts, **hears)
     scaled = section.mixed_precision == "fp16"

@@ -39,8 +39,8 @@ class Watch:
     ) -> None:
         """Hook every layer; with `dense_router` the routers hear of all experts.
 
-        Those do so at no cost that are run as one `wide` FFN. The last `null_experts` are zeros,
-        and to choose one is to choose nobody.
+        Where these run as one `wide` FFN, that computes them all anyway; elsewhere each is run once
+        more. The last `null_experts` are zeros, and to choose one is to choose nobody.
         """
         self.target, self.top_k, self._dense_router = target, top_k, dense_router
         self.logits: list[torch.Tensor] = []
@@ -71,7 +71,7 @@ class Watch:
                 setattr(
                     self._experts[layer],
                     GATES,
-                    self._heard(layer, *(part.flatten(0, -2) for part in out[1:])),
+                    self._gates(layer, *(part.flatten(0, -2) for part in out[1:])),
                 )
         if self._recording:
             chosen_TK = out[2] if isinstance(out, tuple) else logits_TE.topk(self.top_k).indices
@@ -87,7 +87,7 @@ class Watch:
     ) -> torch.Tensor:
         """Run every expert on every token, and let the router hear of it."""
         hidden, chosen_TK, weights_TK = args
-        gates_TE = self._heard(layer, weights_TK, chosen_TK)
+        gates_TE = self._gates(layer, weights_TK, chosen_TK)
         if gates_TE is None:
             return out
         one = torch.ones_like(chosen_TK[:, :1])
@@ -99,7 +99,7 @@ class Watch:
         mixed = straight_through(out.flatten(0, -2), torch.stack(outputs), gates_TE)
         return mixed.view_as(out)
 
-    def _heard(
+    def _gates(
         self, layer: int, weights_TK: torch.Tensor, chosen_TK: torch.Tensor
     ) -> torch.Tensor | None:
         """Return the gates of all experts by which a router learns [T, E]; None if it does not.

@@ -47,7 +47,8 @@ def _worked(job_path: Path, *, show: bool) -> tuple[dict[str, Any], int]:
         if os.environ.get("MOE_CONVERT_DEBUG") == "1":
             traceback.print_exc()
         told = error if isinstance(error, MoeConvertError) else unforeseen(error)
-        words = {"code": told.code, "message": told.message, "hint": told.hint}
+        words: dict[str, Any] = {"code": told.code, "message": told.message, "hint": told.hint}
+        words["foreseen"] = told is error
         return {"error": words}, told.exit_code
     return {"report": report.model_dump(mode="json")}, 0
 

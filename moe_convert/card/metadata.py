@@ -33,7 +33,7 @@ def metadata(manifest: Manifest, name: str) -> ModelCardData:
     """Return the card's metadata; fields without a value are left out."""
     recipe = Recipe.model_validate(manifest.recipe)
     known = license_of(manifest)
-    hubs = [one.data.hub for one in (recipe, *calibrations(manifest))]
+    hubs = [one.data.given.hub for one in (recipe, *calibrations(manifest))]
     fields: dict[str, Any] = {
         "license": known and known.id,
         "license_name": known and known.name,

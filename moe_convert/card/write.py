@@ -94,9 +94,10 @@ def refresh_card(folder: Path, manifest: Manifest) -> None:
 
 
 def stage_card(folder: Path, manifest: Manifest) -> list[str]:
-    """Do so as a part of a change that is put in place at once; return the files that go with it.
+    """Put the new card with a change that is put in place at once; return the files that then go.
 
-    The manifest is the new one, and is to be staged after the card.
+    As in `refresh_card`, a card that is not ours stays. The manifest is the new one, and is to be
+    staged after the card.
     """
     path = folder / CARD_NAME
     if not (path.exists() and _untouched(path, manifest)):
@@ -121,7 +122,7 @@ def _draw(folder: Path, manifest: Manifest) -> bool:
         return False
     try:
         draw_load(layers, load, folder / PICTURE_NAME)
-    except MissingDependencyError as error:
+    except (MissingDependencyError, OSError, ValueError, RuntimeError) as error:
         log.info("the card has no picture of the routing: %s", error)
         (folder / PICTURE_NAME).unlink(missing_ok=True)
         return False

@@ -26,7 +26,7 @@ def check_data(data: Data) -> None:
         UsageError: a file is missing, empty or broken.
         MissingDependencyError: the `datasets` package is missing.
     """
-    data = data.continued or data
+    data = data.given
     if data.hub is not None:
         require_datasets(data.hub.hub)
     elif data.train is not None and not data.is_self:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MIN_TOKENS = 16
 SELF = "self"
@@ -59,6 +59,19 @@ class Data(BaseModel):
             return None
         return self.model_copy(update={"train": str(self.train).partition(":")[2]})
 
+    @field_validator("train")
+    @classmethod
+    def _continues_something(cls, value: str | HubDataset | None) -> str | HubDataset | None:
+        kind, mark, text = value.partition(":") if isinstance(value, str) else ("", "", "")
+        if kind == SELF and mark and (not text or text.partition(":")[0] == SELF):
+            raise ValueError(f"{value!r} names no text to continue; write self:FILE or self")
+        return value
+
+    @property
+    def given(self) -> Data:
+        """What is read: the text of `self:TEXT`, or else this."""
+        return self.continued or self
+
     @property
     def hub(self) -> HubDataset | None:
         """The Hub data set, which `org/name[@revision]` names too if there is no such path."""
@@ -79,6 +92,11 @@ class Data(BaseModel):
         if self.continued is not None:
             return f"{SELF}:{self.continued.name}"
         return self.hub.hub if self.hub else Path(str(self.train)).name
+
+    def placed(self, path: str) -> Data:
+        """Return the same with its text at a path, which is still continued if it was."""
+        again = self.continued is not None and not path.startswith(f"{SELF}:")
+        return self.model_copy(update={"train": f"{SELF}:{path}" if again else path})
 
     @property
     def public(self) -> Data:

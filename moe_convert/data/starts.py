@@ -77,12 +77,20 @@ def chat_starts(tokenizer: PreTrainedTokenizerBase) -> list[Start]:
 
 
 def continuations(
-    text_N: torch.Tensor, before: tuple[int, ...], number: int, generator: torch.Generator
+    text_N: torch.Tensor,
+    before: tuple[int, ...],
+    number: int,
+    width: int,
+    generator: torch.Generator,
 ) -> list[Start]:
-    """Return starts that are pieces of a text, int64 [N], from random places of it."""
+    """Return so many starts that are pieces of a text, int64 [N], from random places of it.
+
+    They are at most half of the `width` of what is written. Where a text ends before that, its
+    piece begins the next one too.
+    """
     import torch
 
-    length = min(PIECE, len(text_N))
+    length = min(PIECE, width // 2, len(text_N))
     places = torch.randint(len(text_N) - length + 1, (number,), generator=generator).tolist()
     return [Start((*before, *text_N[place : place + length].tolist())) for place in places]
 

@@ -120,7 +120,11 @@ def written(
     num_pieces, width = pieces(seq_len, getattr(config, "max_position_embeddings", None))
     generator = torch.Generator().manual_seed(seed)
     uniform_PT = torch.rand(rows * num_pieces, width, generator=generator)
-    starts = row_starts(tokenizer, config, rows, num_pieces, generator, text_N)
+    if text_N is None:
+        starts = row_starts(tokenizer, config, rows, num_pieces, generator)
+    else:
+        before = document_start(tokenizer, getattr(config, "bos_token_id", None)).first
+        starts = continuations(text_N, before, rows * num_pieces, width, generator)
     given = (token for start in starts for part in (start.first, *start.turns) for token in part)
     check_known(max(given), config.vocab_size)
     ends = end_tokens(tokenizer, config, model.config, model.generation_config)
@@ -154,18 +158,14 @@ def row_starts(
     rows: int,
     num_pieces: int,
     generator: torch.Generator,
-    text_N: torch.Tensor | None = None,
 ) -> list[Start]:
     """Return the start of every piece: rows of documents and of chats take turns.
 
-    Without a tokenizer a random token stands for the beginning of a chat. With a text all begin
-    with pieces of it.
+    Without a tokenizer a random token stands for the beginning of a chat.
     """
     import torch
 
     document = document_start(tokenizer, getattr(config, "bos_token_id", None))
-    if text_N is not None:
-        return continuations(text_N, document.first, rows * num_pieces, generator)
     num_chats = rows // 2 * num_pieces
     if tokenizer is None:
         drawn = torch.randint(config.vocab_size, (num_chats,), generator=generator).tolist()

@@ -150,6 +150,8 @@ def _check_calibration(plan: Plan) -> None:
         target,
         plan.exact,
         plan.shape.top_k,
+        plan.shape.num_experts,
+        plan.shape.expert_size,
         selection_bias=biased,
         null_experts=plan.shape.null_experts,
     )
