@@ -291,7 +291,7 @@ CHOICES: dict[str, Choice] = {
         ("calibration.optimizer.lr",),
         float,
         "--lr",
-        "Learning rate of the experts; routers multiply it by 10, those of splits by 1 "
+        "Learning rate of the experts; routers multiply it by 10, those of splits by 0.1 "
         "(default: by method).",
         "Calibration",
     ),

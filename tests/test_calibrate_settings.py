@@ -177,21 +177,24 @@ def conversion(
     )
 
 
+LEARNED = {"train": "router+experts"}
+
+
 @pytest.mark.parametrize(
     ("settings", "made", "hears"),
     [
-        ({}, {}, True),
+        ({}, {}, False),
+        (LEARNED, {}, True),
         ({"objective": "lm", "train": "all"}, {}, True),
-        ({}, {"split": False}, False),
-        ({}, {"width": 96}, False),
-        ({}, {"target": "phimoe"}, False),
-        ({}, {"null_experts": 1}, False),
-        ({"train": "experts"}, {}, False),
+        (LEARNED, {"split": False}, False),
+        (LEARNED, {"width": 96}, False),
+        (LEARNED, {"target": "phimoe"}, False),
+        (LEARNED, {"null_experts": 1}, False),
         ({"objective": "aux", "train": "router"}, {}, False),
         ({"objective": "hidden"}, {}, False),
-        ({"parallel": "experts"}, {}, False),
-        ({"dense_router": False}, {}, False),
-        ({"dense_router": True}, {"width": 96}, True),
+        ({**LEARNED, "parallel": "experts"}, {}, False),
+        ({**LEARNED, "dense_router": False}, {}, False),
+        ({**LEARNED, "dense_router": True}, {"width": 96}, True),
     ],
     ids=str,
 )
@@ -200,8 +203,9 @@ def test_routers_hear_of_all_experts_where_that_costs_nothing(
 ) -> None:
     section = resolved(Calibration.model_validate(settings), conversion(**made), gpu=False)
     assert section.dense_router is hears
-    if made.get("width") == 96 and not settings:
-        assert resolved(Calibration(), conversion(**made), gpu=True).dense_router
+    if (settings, made) == (LEARNED, {"width": 96}):
+        on_gpu = resolved(Calibration.model_validate(settings), conversion(**made), gpu=True)
+        assert on_gpu.dense_router
 
 
 WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
@@ -229,7 +233,7 @@ def test_what_would_have_no_effect_is_refused(settings: dict[str, Any], reason: 
         {},
         {"dense_router": True, "train": "router"},
         {"early_stop": {"min_delta": 0.1, "patience": 3}},
-        {"optimizer": {"router_factor": 3.0}},
+        {"optimizer": {"router_factor": 3.0}, "train": "router"},
         {"teacher": "offload"},
         {"objective": "none", "bias_update": 0.001},
         {"objective": {"hidden": 1.0}},
