@@ -67,7 +67,7 @@ class KilledIn(Silent):
             raise RuntimeError("killed")
 
 
-@pytest.mark.parametrize("settings", [{}, HIDDEN], ids=["whole", "layers"])
+@pytest.mark.parametrize("settings", [{"train": "all"}, HIDDEN], ids=["whole", "layers"])
 @pytest.mark.parametrize("lr", [30.0, 1e30])
 def test_a_last_step_that_wrecks_the_model_is_not_written(
     copy: Made, calibrated: Calibrate, lr: float, settings: dict[str, Any]
@@ -86,7 +86,7 @@ def test_a_last_step_that_wrecks_the_model_is_not_written(
 
 def test_perplexity_may_rise_where_that_is_allowed(copy: Made, calibrated: Calibrate) -> None:
     folder = copy(**SPLIT)
-    settings = {"max_steps": 1, "optimizer": {"lr": 30.0}}
+    settings = {"train": "all", "max_steps": 1, "optimizer": {"lr": 30.0}}
     with pytest.raises(VerificationError, match=r"perplexity is .*, and it was .* before") as found:
         calibrated(folder, **settings, guards={"max_ppl_rise": 1.01})
     assert "calibration.guards.max_ppl_rise" in found.value.hint
@@ -291,7 +291,7 @@ def test_the_card_changes_with_the_weights(copy: Made, calibrated: Calibrate) ->
     calibrated(folder)
     after, card = digest(folder), (folder / CARD_NAME).read_text("utf-8")
     assert before[PICTURE_NAME] != after[PICTURE_NAME]
-    assert "Trained: routers and experts" in card
+    assert "Trained: experts" in card
     assert 'from_pretrained("me/mine")' in card
     assert load_manifest(folder).card_sha256 == after[CARD_NAME]
 
@@ -357,7 +357,7 @@ def test_settings_do_not_stick_to_a_folder(copy: Made, dense: Dense, text: Path)
     again = load_manifest(folder)
     assert again.calibration is not None
     assert again.calibration.objective == {"distill": 1.0}
-    assert again.calibration.trained == ["router", "experts"]
+    assert again.calibration.trained == ["experts"]
     assert again.earlier == [manifest.calibration]
 
 
@@ -368,7 +368,7 @@ def test_two_calibrations_are_made_again(
     for more in (("--objective", "lm"), ("--lr", 1e-4)):
         assert invoke("calibrate", folder, *options(dense, text, *more)).exit_code == 0
     manifest = load_manifest(folder)
-    assert "; then routers and experts (" in measured.trained(manifest)
+    assert "; then experts (" in measured.trained(manifest)
     assert needed_options(manifest) == " --source PATH --data PATH"
     found = reproduce(folder, tmp_path / "new", Places(str(dense()), data=str(text)))
     assert (found.equal, found.notes) == (True, [])
