@@ -26,7 +26,7 @@ import torch
 from controls import counts, split_to, static
 from router_bound import Speed, routers
 
-from moe_convert.calibrate.job import Job, Request, prepare
+from moe_convert.calibrate.job import SELF_TOKENS, Job, Request, prepare
 from moe_convert.calibrate.models import load
 from moe_convert.calibrate.run import run
 from moe_convert.calibration import Calibration
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=64, help="parts, shared ones included")
     parser.add_argument("--target", default="glm4_moe")
     parser.add_argument("--tokens", type=int, default=5_000_000)
+    parser.add_argument("--own-tokens", type=int, help="at most of what the source writes")
     parser.add_argument("--held-tokens", type=int, default=131_072)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--text-field", default="text")
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, default=989.0)
     args = parser.parse_args()
     Path(args.work).mkdir(parents=True, exist_ok=True)
+    SELF_TOKENS[DEVICE] = args.own_tokens or SELF_TOKENS[DEVICE]
     source = open_source(args.source).fetch()
     folders = [split(args, active, muted=False) for active in args.active]
     folders += [split(args, active, muted=True) for active in args.static]

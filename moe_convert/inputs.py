@@ -113,7 +113,7 @@ def read_inputs(
 ) -> Inputs | None:
     """Return the token ids that the routers need, with the tokenizer in `folder`; None if none.
 
-    `writer` writes the text of `data.train: self`.
+    `writer` writes the text of `data.train: self` and `self:TEXT`.
 
     Raises:
         UsageError: data or prompts cannot be read, or are too short.

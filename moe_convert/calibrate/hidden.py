@@ -28,6 +28,7 @@ from moe_convert.calibration import PARTS, Part, patterns
 from moe_convert.errors import VerificationError
 from moe_convert.ffn import Weight
 from moe_convert.losses import hidden_error, load_balance, max_violation, num_dead, router_z
+from moe_convert.streams.base import states_of
 from moe_convert.training import state
 from moe_convert.training.batches import order
 from moe_convert.training.optimizer import Stepper, Trained
@@ -191,9 +192,9 @@ class _Run:
         The host waits for the device once.
         """
         with self._watch.recording():
-            made = [_first(ffn(x_BTD)) for ffn in self._ffns.values()]
+            made = [states_of(ffn(x_BTD)) for ffn in self._ffns.values()]
         with torch.no_grad():
-            dense_BTD = _first(self._dense(x_BTD))
+            dense_BTD = states_of(self._dense(x_BTD))
         counts_E = self._accelerator.reduce(self._watch.counts()[0], "sum")
         terms = self._terms(sum(made[1:], made[0]), dense_BTD, counts_E)
         values_N = torch.stack([terms[name] for name in self._weights])
@@ -236,7 +237,3 @@ class _Run:
                 f"{self.last:.4g}, and it was {self.first:.4g} at the start.",
                 remedy(self._job.section),
             )
-
-
-def _first(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result

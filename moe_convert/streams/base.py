@@ -172,8 +172,7 @@ class Stream:
         with torch.no_grad():
             given_BTD = self.states[batch] if states_BTD is None else states_BTD
             result = self._layers[layer](given_BTD.to(self._device), *args, **kwargs)
-        states: torch.Tensor = result[0] if isinstance(result, tuple) else result
-        return states
+        return states_of(result)
 
     def _keep(self, batch: int, received: list[torch.Tensor]) -> None:
         """Put aside what the layer's FFN has just received, and empty the list."""
@@ -185,6 +184,12 @@ class Stream:
     def received_TD(self) -> torch.Tensor:
         """What the FFN of the layer that was reached receives, fp32 [T, D], until the next one."""
         return self._received_TD.to(self._device)
+
+
+def states_of(result: Any) -> torch.Tensor:
+    """Return the states of a module that may give something else beside them."""
+    states: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return states
 
 
 def _batches(ids: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_convert.checkpoint.names import loaded_names
 from moe_convert.ffn import Weight, torch_dtype
-from moe_convert.streams.base import Stream, skeleton
+from moe_convert.streams.base import Stream, skeleton, states_of
 from moe_convert.streams.room import Room
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class ConvertedStream(Stream):
             for x_TD, states_TD in zip(*parts, strict=True):
                 x_BTD = x_TD.unsqueeze(0).to(self._device)
                 with torch.no_grad():
-                    given_BTD = sum(_first(ffn(x_BTD)) for ffn in ffns)
+                    given_BTD = sum(states_of(ffn(x_BTD)) for ffn in ffns)
                 states_TD.add_(given_BTD.squeeze(0).to(states_TD.device), alpha=self.gain)
         else:
             for batch, states_BTD in enumerate(self.states):
@@ -158,12 +158,6 @@ def _probes(names: list[str]) -> dict[str, Any]:
             return None, None, None
 
     return {name: Chooser() if name == ROUTER else Probe() for name in names}
-
-
-def _first(result: Any) -> torch.Tensor:
-    """Return the states of a module that may give router logits beside them."""
-    states: torch.Tensor = result[0] if isinstance(result, tuple) else result
-    return states
 
 
 def _layers_of(model: PreTrainedModel) -> str:
