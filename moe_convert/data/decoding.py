@@ -184,11 +184,12 @@ def text_bytes(model: PreTrainedModel, num_tokens: int) -> int:
 
 
 def fold_queries(model: PreTrainedModel) -> None:
-    """Let a model on the CPU attend in a way that is fast for single tokens.
+    """Let a model attend in a way that is fast for single tokens.
 
-    PyTorch's own kernel is made for long queries. Models that choose another one keep it.
+    PyTorch's own kernels are made for long queries, and one of them is planned anew for every
+    length of the cache. Models that choose another one keep it.
     """
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(FOLDED, folded_attention)
         AttentionMaskInterface.register(FOLDED, sdpa_mask)
         model.set_attn_implementation(FOLDED)
