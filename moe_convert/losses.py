@@ -123,9 +123,13 @@ def straight_through(
     return sparse_TD + (dense_TD - dense_TD.detach()).to(sparse_TD.dtype)
 
 
+def _log_softmax(logits_TV: torch.Tensor) -> torch.Tensor:
+    return logits_TV.log_softmax(dim=-1, dtype=torch.float32)
+
+
 def _kl(log_TV: torch.Tensor, teacher_TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return KL from log-probabilities, which it overwrites, and the gradient to their logits."""
-    teacher_TV = teacher_TV.float().log_softmax(dim=-1)
+    teacher_TV = _log_softmax(teacher_TV)
     p_TV = teacher_TV.exp()
     total = teacher_TV.sub_(log_TV).mul_(p_TV).sum()
     return total, log_TV.exp_().sub_(p_TV)
@@ -155,7 +159,7 @@ class _Total(torch.autograd.Function):
         size = max(1, CHUNK_BYTES // (4 * logits_TV.shape[-1]))
         for start in range(0, logits_TV.shape[0], size):
             rows = slice(start, start + size)
-            found, change_TV = loss(logits_TV[rows].float().log_softmax(dim=-1), target[rows])
+            found, change_TV = loss(_log_softmax(logits_TV[rows]), target[rows])
             total += found
             if gradient_TV is not None:
                 gradient_TV[rows] = change_TV
