@@ -95,6 +95,9 @@ class Calibration(Node):
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="compute layers twice to save memory; auto: if a step does not fit"
     )
+    compile: bool = Field(
+        False, description="fuse what lies between products: faster, after a minute of compiling"
+    )
     teacher: Literal["shared", "offload"] = Field(
         "shared", description="weights shared with the student, or streamed from the host"
     )
@@ -351,6 +354,7 @@ def _check_hidden(section: Calibration) -> None:
         "dense_router": section.dense_router,
         "mixed_precision": section.mixed_precision != "no",
         "gradient_checkpointing": section.gradient_checkpointing is True,
+        "compile": section.compile,
         "grad_accum": section.grad_accum > 1,
         "teacher": section.teacher != "shared",
         "parallel": section.parallel != "replicate",

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,37 @@ def test_checkpointing_and_accumulation_change_nothing(
     objective = {"objective": {"distill": 1.0, "lm": 1.0, "aux": 0.0, "z": 0.1}}
     calibrated(one, **objective)
     calibrated(other, **objective, **settings)
+    mine, theirs = read_folder(one), read_folder(other)
+    for name in mine:
+        torch.testing.assert_close(mine[name].read(), theirs[name].read(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_layers_learn_the_same(
+    copy: Made, calibrated: Callable[..., CalibrationReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here they are traced, and run as they were: what a compiler makes of them needs a GPU."""
+    monkeypatch.setattr("moe_convert.calibrate.compiling.BACKEND", "aot_eager")
+    compile_, found = torch.nn.Module.compile, list[torch.nn.Module]()
+
+    def note(module: torch.nn.Module, **options: Any) -> None:
+        found.append(module)
+        compile_(module, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", note)
+    one, other = copy("one", **NOISY), copy("other", **NOISY)
+    objective = {"objective": {"distill": 1.0, "lm": 0.0, "aux": 0.0, "z": 0.0}}
+    calibrated(one, **objective)
+    assert not found
+    calibrated(other, compile=True, **objective)
+    names = Counter(type(module).__name__ for module in found)
+    assert names == {
+        "LlamaDecoderLayer": 3,
+        "MixtralAttention": 3,
+        "MixtralExperts": 3,
+        "MixtralRMSNorm": 6,
+    }
+    assert not any(module._compiled_call_impl for module in found)
     mine, theirs = read_folder(one), read_folder(other)
     for name in mine:
         torch.testing.assert_close(mine[name].read(), theirs[name].read(), atol=1e-5, rtol=1e-4)

@@ -7,6 +7,7 @@ import gc
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from moe_convert.calibrate.compiling import compiled
 from moe_convert.calibrate.dense_experts import widen_experts
 from moe_convert.calibrate.guards import failures, judge_result
 from moe_convert.calibrate.job import Job
@@ -64,7 +65,8 @@ def run(job: Job, ids_BT: torch.Tensor, watcher: Watcher | None = None) -> Calib
             if _computes_twice(job, models, rows_BT[:1], accelerator, watcher):
                 compute_twice(models.student)
             loop = Loop(job, rows_BT, models, accelerator, tell)
-            loop.run()
+            with compiled(models, wanted=job.section.compile):
+                loop.run()
         after = _beside_teacher(job, models, held_BT, watcher, "after")
         named = named_tensors(models)
         judge_result(job, before, after, named.values())
