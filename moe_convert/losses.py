@@ -14,8 +14,8 @@ import torch
 
 Loss = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 NO_LABEL = -100
-CHUNK_BYTES = 1 << 26
-"""Size of the fp32 copy of some tokens' logits that is held at once."""
+CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
+"""Size of the fp32 copy of some tokens' logits that is held at once, by device."""
 NOMINAL_SPREAD = 0.2
 """Spread of scores for which a step of the biases holds as it is given: sigmoids of logits whose
 standard deviation is one."""
@@ -156,7 +156,7 @@ class _Total(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=logits_TV.device)
         wanted = ctx.needs_input_grad[0]
         gradient_TV = torch.empty_like(logits_TV) if wanted else None
-        size = max(1, CHUNK_BYTES // (4 * logits_TV.shape[-1]))
+        size = max(1, CHUNK_BYTES[logits_TV.device.type] // (4 * logits_TV.shape[-1]))
         for start in range(0, logits_TV.shape[0], size):
             rows = slice(start, start + size)
             found, change_TV = loss(_log_softmax(logits_TV[rows]), target[rows])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe_convert.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Runtime(BaseModel):
@@ -61,6 +64,14 @@ def exact_products(device: str) -> Iterator[None]:
 
     with torch.autocast(device, enabled=False):
         yield
+
+
+def free_gpu_bytes(device: torch.device | None = None) -> int:
+    """Return what this process can still take on a GPU: what PyTorch holds unused is free to it."""
+    import torch
+
+    unused: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 def chosen_device(wanted: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_convert.plan import available_ram_bytes
+from moe_convert.runtime import free_gpu_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,8 +76,7 @@ def free_bytes(device: torch.device, processes: int) -> int:
     """Return the memory of a device that this process can still use."""
     if device.type != "cuda":
         return available_ram_bytes() // processes
-    unused: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return free_gpu_bytes(device)
 
 
 def compute_twice(model: PreTrainedModel) -> None:

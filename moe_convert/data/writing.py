@@ -26,7 +26,7 @@ from moe_convert.data.checks import check_varied
 from moe_convert.data.packing import check_known, tokenizer_of
 from moe_convert.data.starts import Start, chat_starts, continuations, document_start, end_tokens
 from moe_convert.errors import UnsupportedError, UsageError
-from moe_convert.runtime import bf16_is_fast
+from moe_convert.runtime import bf16_is_fast, free_gpu_bytes
 from moe_convert.wrappers import special_tokens
 
 if TYPE_CHECKING:
@@ -182,11 +182,9 @@ def row_starts(
 
 def batch_size(model: PreTrainedModel, per_text_bytes: int) -> int:
     """Return how many texts are written at once, which does not change them."""
-    import torch
-
     room_bytes = CACHE_BYTES
     if model.device.type == "cuda":
-        room_bytes = max(room_bytes, torch.cuda.mem_get_info()[0] // 2)
+        room_bytes = max(room_bytes, free_gpu_bytes() // 2)
     return max(1, min(MAX_BATCH[model.device.type], room_bytes // per_text_bytes))
 
 
@@ -213,7 +211,7 @@ def load_writer(folder: Path | None, device: str = "auto") -> PreTrainedModel:
         ) from error
     if on_gpu:
         needed_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) + CACHE_BYTES
-        if needed_bytes < 0.9 * torch.cuda.mem_get_info()[0]:
+        if needed_bytes < 0.9 * free_gpu_bytes():
             model = model.to("cuda")
     return model.eval()
 

@@ -15,6 +15,7 @@ from moe_convert.experts import Learned, Split
 from moe_convert.inputs import FITTED_TOKENS, JUDGED_TOKENS
 from moe_convert.plan.model import Estimate, Plan, count
 from moe_convert.recipe import Recipe
+from moe_convert.runtime import free_gpu_bytes
 from moe_convert.streams import HEAD_TOKENS
 from moe_convert.streams.converted import FFN_TOKENS
 
@@ -193,12 +194,9 @@ def states_device(plan: Plan, device: str) -> str:
 
     A GPU gives them at most a share of what it has free, for everything else needs it too.
     """
-    import torch
-
     if device != "cuda":
         return device
-    free_bytes, _ = torch.cuda.mem_get_info()
-    return device if _states_bytes(plan) <= GPU_SHARE * free_bytes else "cpu"
+    return device if _states_bytes(plan) <= GPU_SHARE * free_gpu_bytes() else "cpu"
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:
