@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,11 @@ class Carved:
 
         ordered, _ = self.by_expert()
         return torch.cat([ordered.given(part_TD) for (part_TD,) in _portions(x_TD)])
+
+
+def part_products(device: str) -> AbstractContextManager[None]:
+    """Multiply as it suits the parts of a carved FFN: for small products casts cost a CPU most."""
+    return nullcontext() if device in MASKED else exact_products(device)
 
 
 def _taken(neurons: Neurons, index_N: torch.Tensor) -> Neurons:

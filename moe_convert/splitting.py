@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_convert.carving import Carved, relative_error
+from moe_convert.carving import Carved, part_products, relative_error
 from moe_convert.checkpoint import Source
 from moe_convert.data.writing import load_writer
 from moe_convert.edits import Fit, edited
@@ -139,11 +139,12 @@ class Splitter:
         self._found[layer] = routed(stored_ED, sample.x_TD, plan.shape, 1, bias_E, scoring)
         top_k = plan.shape.top_k
         carved = Carved.of(neurons, grouping, stored_ED, top_k, bias_E, scoring)
-        for edit in self._method.edits:
-            if isinstance(edit, Fit):
-                carved = edit.fit(carved, sample, seed)
         part = slice(0, None, max(1, len(sample.x_TD) // MEASURED))
-        given_TD = carved(sample.x_TD[part])
+        with part_products(self._device):
+            for edit in self._method.edits:
+                if isinstance(edit, Fit):
+                    carved = edit.fit(carved, sample, seed)
+            given_TD = carved(sample.x_TD[part])
         self._local_errors[layer] = relative_error(given_TD, sample.target_TD[part])
         stored = _stored(carved.neurons, ffn)
         return Made(stored, grouping, rows_ED.cpu(), None if bias_E is None else bias_E.cpu())
