@@ -62,8 +62,12 @@ class Carved:
         return cls(neurons, group_F, router_ED.to(neurons.gate_FD), top_k, bias_E, scoring)
 
     def by_expert(self) -> tuple[Carved, torch.Tensor]:
-        """Return the same with each expert's neurons side by side, and their old places [F]."""
-        order_F = self.group_F.argsort(stable=True)
+        """Return the same with the shared neurons first, then each expert's side by side.
+
+        Their old places are returned as well, [F].
+        """
+        num_shared = int((self.group_F == len(self.router_ED)).sum())
+        order_F = self.group_F.argsort(stable=True).roll(num_shared)
         return self.with_neurons(_taken(self.neurons, order_F), self.group_F[order_F]), order_F
 
     def with_neurons(self, neurons: Neurons, group_F: torch.Tensor | None = None) -> Carved:
@@ -82,14 +86,14 @@ class Carved:
         return chosen_TE
 
     def parts(self, x_TD: torch.Tensor) -> Iterator[tuple[Neurons, slice, torch.Tensor]]:
-        """Yield the neurons of every expert and of the shared ones, their place, their tokens.
+        """Yield the shared neurons and those of every expert, their place, their tokens.
 
         Neurons must be `by_expert`. Only what fires is computed this way: a quarter of the work
         where a quarter fires.
         """
-        chosen_TE = self.chosen(x_TD)
+        chosen_TE = self.chosen(x_TD).roll(1, dims=1)
         tokens = chosen_TE.T.nonzero()[:, 1].split(chosen_TE.sum(dim=0).long().tolist())
-        sizes = self.group_F.bincount(minlength=chosen_TE.shape[1]).tolist()
+        sizes = self.group_F.bincount(minlength=chosen_TE.shape[1]).roll(1).tolist()
         start = 0
         for neurons, token_N in zip(_divided(self.neurons, sizes), tokens, strict=True):
             stop = start + len(neurons.gate_FD)
@@ -187,7 +191,10 @@ def _add_parts(
     x_TD: torch.Tensor,
     target_TD: torch.Tensor,
 ) -> None:
-    """Add the products of `_add_masked` expert by expert, and none above the diagonal."""
+    """Add the products of `_add_masked` expert by expert, and none above the diagonal.
+
+    The shared neurons, which all tokens need, come first: there the fewest lie below it.
+    """
     fired_TF = x_TD.new_zeros(len(x_TD), len(gram_FF))
     for part, place, token_N in ordered.parts(x_TD):
         value_TN = part.hidden(x_TD.index_select(0, token_N))
