@@ -227,7 +227,7 @@ def tune(
     parts = [torch.nn.Parameter(part) for part in (neurons.gate_FD, neurons.up_FD, neurons.down_DF)]
     live = ordered.with_neurons(Neurons(parts[0], parts[1], parts[2], neurons.act))
     groups = [{"params": [p], "lr": rate * float(p.detach().square().mean().sqrt())} for p in parts]
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     norm = float(target_TD.square().sum(dim=1).mean())
     if norm == 0:
