@@ -121,7 +121,8 @@ class Carved:
         import torch
 
         ordered, _ = self.by_expert()
-        return torch.cat([ordered.given(part_TD) for (part_TD,) in _portions(x_TD)])
+        with part_products(x_TD.device.type):
+            return torch.cat([ordered.given(part_TD) for (part_TD,) in _portions(x_TD)])
 
 
 def part_products(device: str) -> AbstractContextManager[None]:

@@ -139,12 +139,12 @@ class Splitter:
         self._found[layer] = routed(stored_ED, sample.x_TD, plan.shape, 1, bias_E, scoring)
         top_k = plan.shape.top_k
         carved = Carved.of(neurons, grouping, stored_ED, top_k, bias_E, scoring)
-        part = slice(0, None, max(1, len(sample.x_TD) // MEASURED))
         with part_products(self._device):
             for edit in self._method.edits:
                 if isinstance(edit, Fit):
                     carved = edit.fit(carved, sample, seed)
-            given_TD = carved(sample.x_TD[part])
+        part = slice(0, None, max(1, len(sample.x_TD) // MEASURED))
+        given_TD = carved(sample.x_TD[part])
         self._local_errors[layer] = relative_error(given_TD, sample.target_TD[part])
         stored = _stored(carved.neurons, ffn)
         return Made(stored, grouping, rows_ED.cpu(), None if bias_E is None else bias_E.cpu())

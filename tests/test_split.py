@@ -17,9 +17,9 @@ from moe_convert.carving import Carved, refit
 from moe_convert.checkpoint import read_folder
 from moe_convert.convert import convert, public_recipe
 from moe_convert.data import Data, token_ids
-from moe_convert.edits import Tune
+from moe_convert.edits import Fit, Tune
 from moe_convert.errors import DoesNotFitError, UsageError
-from moe_convert.experts import STRATEGIES
+from moe_convert.experts import STRATEGIES, Split
 from moe_convert.experts.split import Learned
 from moe_convert.ffn import Ffn, FfnSample, Grouping, Neurons
 from moe_convert.inputs import Inputs, read_inputs
@@ -177,8 +177,12 @@ def sample_at(plan: Plan, written: Path, layer: int) -> FfnSample:
 
 
 def neurons_of(plan: Plan, layer: int) -> Neurons:
+    return Neurons.of(ffn_of(plan, layer))
+
+
+def ffn_of(plan: Plan, layer: int) -> Ffn:
     weights = {name: ref.weight() for name, ref in plan.source.tensors.items()}
-    return Neurons.of(plan.layout.family.ffn(layer, weights, plan.layout.body))
+    return plan.layout.family.ffn(layer, weights, plan.layout.body)
 
 
 @pytest.mark.parametrize(
@@ -283,6 +287,28 @@ def test_only_what_fires_gives() -> None:
     x_TD = torch.randn(3 * carving.PORTION["cpu"] // 2, 6, generator=generator)
     expected_TD = slow_hidden(carved, x_TD) @ carved.neurons.down_DF.T
     assert torch.allclose(carved(x_TD), expected_TD, atol=1e-4)
+
+
+def test_a_cpu_fits_in_fp32_where_streams_are_in_bf16(
+    dense: Dense, tmp_path: Path, split: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Casting the operands of small products costs more than they save in bf16."""
+    monkeypatch.setattr("moe_convert.runtime.bf16_is_fast", lambda: True)
+    plan = planned(dense(), tmp_path / "out", **{**split, "runtime__precision": "auto"})
+    neurons, method = neurons_of(plan, 0), plan.recipe.experts
+    assert isinstance(method, Split)
+    with splitter(plan) as made, made._products():
+        found = made._make(0, ffn_of(plan, 0))
+    with splitter(plan) as again, again._products():
+        sample = again._sample(0, neurons)
+    carved = Carved.of(neurons, found.grouping, found.router_ED, plan.shape.top_k)
+    with made._products():
+        given_TD = carved(sample.x_TD)
+    assert torch.equal(given_TD, carved(sample.x_TD))
+    for edit in method.edits:
+        assert isinstance(edit, Fit)
+        carved = edit.fit(carved, sample, method.layer_seed(0))
+    assert torch.allclose(found.ffn.down_DF.load(), carved.neurons.down_DF, atol=1e-5)
 
 
 def test_tune_descends_on_the_masked_error() -> None:

@@ -35,7 +35,7 @@ def expert_energies(neurons: Neurons, routed_EN: torch.Tensor, x_TD: torch.Tenso
     found = []
     for part_TD in portions(x_TD, len(flat)):
         hidden_ETN = part.hidden(part_TD).unflatten(1, routed_EN.shape).transpose(0, 1)
-        found.append(((hidden_ETN @ gram_ENN) * hidden_ETN).sum(dim=2).T.clamp(min=0))
+        found.append((hidden_ETN @ gram_ENN).mul_(hidden_ETN).sum(dim=2).T.clamp(min=0))
     return torch.cat(found)
 
 
