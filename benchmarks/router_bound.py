@@ -6,7 +6,8 @@ The bound is a forward pass and a backward one to the activations of the same mo
 in the same way, with nothing to train; it is given for transformers' own experts as well. On a CPU
 seconds are those of the process, so that other work on the machine does not count. Memory is that
 of the steps alone: of the device, or of this process, interpreter included. Training may take what
-the bound does and 16 bytes for each trained parameter.
+the bound does, what the gradient of a router's rows and of the balance terms needs to have kept,
+which are its input and its logits in fp32, and 16 bytes for each trained parameter.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from moe_convert.calibrate.dense_experts import widen_experts
 from moe_convert.calibrate.job import Job, Request, prepare
@@ -33,6 +35,7 @@ from moe_convert.calibration import Calibration
 from moe_convert.checkpoint import Source, open_source
 from moe_convert.data import Data
 from moe_convert.losses import cross_entropy
+from moe_convert.manifest import load_manifest
 from moe_convert.training.batches import labels_of
 
 CUDA = torch.cuda.is_available()
@@ -130,6 +133,14 @@ def bound(job: Job, ids_BT: torch.Tensor, steps: int, *, stock: bool = False) ->
     return timed(step, ids_BT.numel(), steps)
 
 
+def kept_bytes(job: Job) -> int:
+    """Return the size of the inputs and logits of all routers for one step, fp32."""
+    target = load_manifest(job.folder).target
+    hidden_size: int = AutoConfig.from_pretrained(job.folder).get_text_config().hidden_size
+    values = len(target.moe_layers) * (hidden_size + target.num_experts)
+    return 4 * job.batch_size * job.width * values
+
+
 def routers(folder: Path, source: Source, data: Data, steps: int, rows: int | None) -> None:
     """Print speed and memory of training the routers alone, beside their bounds."""
     section = Calibration.model_validate({**ROUTERS, "max_steps": steps, "batch_size": rows})
@@ -140,14 +151,18 @@ def routers(folder: Path, source: Source, data: Data, steps: int, rows: int | No
         gc.collect()
         speed = Speed()
         report = run(job, ids_BT, speed)
-    allowed = limit.peak_bytes + BYTES_PER_TRAINED * report.trained_params
+        kept = kept_bytes(job)
+    allowed = limit.peak_bytes + kept + BYTES_PER_TRAINED * report.trained_params
     ratio = speed.tokens_per_s / limit.tokens_per_s
     print(f"\n{folder.name}, routers alone: {speed.tokens_per_s:,.0f} tokens/s")
     print(f"  bound {limit.tokens_per_s:,.0f} tokens/s: ratio {ratio:.2f}, wanted 0.80")
     own = f"{stock.tokens_per_s:,.0f} tokens/s, {stock.peak_bytes / 1e6:.0f} MB"
     print(f"  bound with transformers' own experts {own}")
     print(f"  peak {speed.peak_bytes / 1e6:.0f} MB, bound {limit.peak_bytes / 1e6:.0f} MB", end="")
-    print(f", allowed {allowed / 1e6:.0f} MB", flush=True)
+    print(
+        f", inputs and logits of routers {kept / 1e6:.0f} MB, allowed {allowed / 1e6:.0f} MB",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moe_convert.calibrate.job import Job
 from moe_convert.calibrate.models import selection_biases
@@ -137,17 +138,24 @@ class Step:
             terms["distill"] = distillation(logits_TV, dense_TV.flatten(0, 1))
         if "lm" in wanted:
             terms["lm"] = cross_entropy(logits_TV, labels_of(ids_BT))
-        if {"aux", "z"} & wanted.keys():
-            logits_LTE = torch.stack(watch.logits)
         if "aux" in wanted:
             if self._section.grad_accum == 1:
                 counts_LE = self._accelerator.reduce(counts_LE, "sum")
-            sigmoid = watch.target.scoring == "sigmoid"
-            terms["aux"] = load_balance(logits_LTE, counts_LE, sigmoid).mean()
+            terms["aux"] = self._balance_loss(counts_LE)
         if "z" in wanted:
-            terms["z"] = router_z(logits_LTE)
+            terms["z"] = torch.stack(list(map(router_z, watch.logits))).mean()
         watch.forget()
         return terms
+
+    def _balance_loss(self, counts_LE: torch.Tensor) -> torch.Tensor:
+        """Return the mean over layers, whose scores are computed again and not kept."""
+        watch = self.models.watch
+        sigmoid = watch.target.scoring == "sigmoid"
+        every = [
+            checkpoint(load_balance, logits_TE, counts_E, sigmoid, use_reentrant=False)
+            for logits_TE, counts_E in zip(watch.logits, counts_LE, strict=True)
+        ]
+        return torch.stack(every).mean()
 
     def _balance(self, counts_LE: torch.Tensor) -> None:
         """Move the selection biases, where the section asks for it."""
