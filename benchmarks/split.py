@@ -76,6 +76,7 @@ STRATEGIES = (
     "coactivation",
     "weights",
     "random",
+    "contiguous",
 )
 
 
