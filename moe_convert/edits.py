@@ -204,27 +204,36 @@ class Tune(Fit):
     """
 
     edit: Literal["tune"] = "tune"
-    steps: int | None = Field(None, ge=1, description="null: 128 on a GPU, 32 on a CPU")
-    tokens: int = Field(2048, ge=1, description="of each step")
+    steps: int | None = Field(None, ge=1, description="null: 128 on a GPU, 40 on a CPU")
+    tokens: int | None = Field(
+        None, ge=1, description="of each step; null: 2048 on a GPU, 1024 on a CPU"
+    )
     rate: float = Field(0.02, gt=0)
 
     paper: ClassVar[str] = "this package"
     summary: ClassVar[str] = "split: descent on the layer's own error"
 
     def resolved(self, *, gpu: bool) -> Tune:
-        """Return the same with as many steps as the device can take in reasonable time."""
-        return self.model_copy(update={"steps": self.steps or (128 if gpu else 32)})
+        """Return the same with as many steps as the device can take in reasonable time.
+
+        On a CPU 40 steps of 1024 tokens do what 32 of 2048 do, in three quarters of the time.
+        """
+        steps, tokens = (128, 2048) if gpu else (40, 1024)
+        return self.model_copy(
+            update={"steps": self.steps or steps, "tokens": self.tokens or tokens}
+        )
 
     def fit(self, carved: Carved, sample: FfnSample, seed: int) -> Carved:
         """Descend."""
-        steps = self.resolved(gpu=sample.x_TD.is_cuda).steps
-        assert steps is not None
+        full = self.resolved(gpu=sample.x_TD.is_cuda)
+        assert full.steps is not None
+        assert full.tokens is not None
         found = tune(
             carved,
             sample.x_TD,
             sample.target_TD,
-            steps=steps,
-            tokens=min(self.tokens, len(sample.x_TD)),
+            steps=full.steps,
+            tokens=min(full.tokens, len(sample.x_TD)),
             rate=self.rate,
             seed=seed,
         )

@@ -258,7 +258,7 @@ def test_the_written_recipe_names_the_steps_of_this_device(
     if isinstance(method, Learned):
         assert method.steps == Learned().num_steps(gpu=False) < Learned().num_steps(gpu=True)
     else:
-        assert method.edits[0] == Tune(steps=32) != Tune().resolved(gpu=True)
+        assert method.edits[0] == Tune(steps=40, tokens=1024) != Tune().resolved(gpu=True)
 
 
 def test_refit_in_chunks_is_refit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,7 +570,7 @@ ON_GPU: dict[str, dict[str, Any]] = {
         for name in STRATEGIES
         if STRATEGIES[name].needs == "nothing"
     },
-    "tune": {"experts__edits": [{"edit": "tune", "steps": 32}, {"edit": "refit"}]},
+    "tune": {"experts__edits": [{"edit": "tune", "steps": 32, "tokens": 1024}, {"edit": "refit"}]},
     "balance": {**STEERED, "router__balance": 0.1},
     "threshold": {**STEERED, "router__select": "threshold"},
     "layers auto": {**STEERED, "target__layers": "auto"},
