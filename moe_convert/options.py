@@ -306,7 +306,8 @@ CHOICES: dict[str, Choice] = {
         ("calibration.compile",),
         bool,
         "--compile/--no-compile",
-        "Compile the layers first: a minute or two, and then faster steps on a GPU (default: no).",
+        "Compile the layers first, which takes a C++ compiler and a minute or two; then steps on a "
+        "GPU are faster (default: no).",
         "Calibration",
     ),
     "mixed_precision": Choice(

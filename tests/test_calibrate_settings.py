@@ -210,6 +210,8 @@ def test_routers_hear_of_all_experts_where_that_costs_nothing(
 
 WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ({"dense_router": True, "train": "experts"}, "--dense-router is a gradient"),
+    ({"compile": True, "parallel": "fsdp"}, "--compile has no effect on layers that are cut"),
+    ({"compile": True, "objective": "hidden"}, "calibration.compile cannot take effect"),
     ({"dense_router": True, "train": "router", "objective": "aux"}, "--dense-router is a gradient"),
     ({"early_stop": {"min_delta": 0.1}}, "no effect without a patience"),
     ({"optimizer": {"router_factor": 3.0}, "train": "experts"}, "where routers are not trained"),

@@ -9,15 +9,20 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moe_convert.calibrate.step import Models
+from moe_convert.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
 BACKEND = "inductor"
 """What compiles."""
+VARIANTS = 64
+"""How often one function may be compiled: transformers' wrappers count as one for all layers."""
 
 
 @contextlib.contextmanager
@@ -25,31 +30,50 @@ def compiled(models: Models, *, wanted: bool) -> Iterator[None]:
     """Compile the layers of student and teacher, if that is wanted, until the block is left.
 
     Shapes are taken as they are. Modules of one kind share what was compiled for the first.
+
+    Raises:
+        MissingDependencyError: there is no compiler that works.
     """
-    modules: list[torch.nn.Module] = []
-    for model in (models.student, models.teacher) if wanted else ():
-        for layer in model.modules() if model is not None else ():
-            if isinstance(layer, GradientCheckpointingLayer):
-                modules += _unhooked(layer)
-    try:
-        for module in modules:
-            module.compile(backend=BACKEND, dynamic=False)
+    if not wanted:
         yield
+        return
+    modules = [*_parts(models.student), *_parts(models.teacher)]
+    for module in modules:
+        module.compile(backend=BACKEND, dynamic=False)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            yield
+    except TorchDynamoException as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MissingDependencyError(
+            f"The layers cannot be compiled here: {line}",
+            "Install a C++ compiler, and Triton for a GPU, or leave --compile out.",
+        ) from error
     finally:
         for module in modules:
             module._compiled_call_impl = None
+        torch.compiler.reset()
+
+
+def _parts(model: PreTrainedModel | None) -> Iterator[torch.nn.Module]:
+    """Yield what can be compiled of all layers."""
+    for layer in model.modules() if model is not None else ():
+        if isinstance(layer, GradientCheckpointingLayer):
+            yield from _unhooked(layer)
 
 
 def _unhooked(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield the largest parts of a module that call nothing from outside while they run.
 
-    The routers are watched by hooks, each of a layer, which would be compiled for every layer anew.
+    The routers are watched by hooks, each of a layer, which would be compiled for every layer anew;
+    and experts that are not transformers' own may loop over numbers of tokens, which differ.
     """
-    if any(_is_hooked(part) for part in module.modules()):
-        for child in () if _is_hooked(module) else module.children():
-            yield from _unhooked(child)
-    else:
+    if not any(_is_hooked(part) for part in module.modules()):
         yield module
+        return
+    for name, child in () if _is_hooked(module) else module.named_children():
+        if name != "experts" or getattr(child, "has_gate", None) is not None:
+            yield from _unhooked(child)
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:

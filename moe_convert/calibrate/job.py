@@ -45,6 +45,7 @@ NO_EFFECT = (
     "parallel",
     "teacher",
     "gradient_checkpointing",
+    "compile",
 )
 """Settings that do not decide what the weights become."""
 

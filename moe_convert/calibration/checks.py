@@ -93,6 +93,11 @@ def _check_effects(section: Calibration) -> None:
             "calibration.early_stop.min_delta has no effect without a patience.",
             "Set calibration.early_stop.patience as well.",
         )
+    if section.compile and section.parallel != "replicate":
+        raise UsageError(
+            "--compile has no effect on layers that are cut over processes.",
+            "Leave it out, or use --parallel replicate.",
+        )
     offloaded = section.teacher == "offload" and not section.objective.hidden
     if offloaded and "distill" not in section.objective.terms:
         raise UsageError(

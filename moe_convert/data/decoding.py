@@ -217,5 +217,5 @@ def folded_attention(
     groups = key.shape[1]
     scale = size**-0.5 if scaling is None else scaling
     query = query.reshape(num_texts, groups, num_heads // groups, size) * scale
-    weights = (query @ key.transpose(-1, -2)).softmax(dim=-1)
-    return (weights @ value).reshape(num_texts, 1, num_heads, value.shape[-1]), None
+    weights = (query @ key.transpose(-1, -2)).softmax(dim=-1, dtype=torch.float32)
+    return (weights.to(value.dtype) @ value).reshape(num_texts, 1, num_heads, value.shape[-1]), None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-VERSION = 1
+VERSION = 2
 """Part of the cache's key: to be raised when the same seed gives another text."""
 PIECE_TOKENS = 256
 MAX_BATCH = {"cpu": 256, "cuda": 1024}
