@@ -21,6 +21,7 @@ from moe_convert.calibrate.models import (
 from moe_convert.calibrate.report import Silent
 from moe_convert.calibration import Calibration
 from moe_convert.checkpoint import read_folder
+from moe_convert.errors import MissingDependencyError
 from moe_convert.manifest import CalibrationReport
 from moe_convert.training.batches import order
 from moe_convert.training.optimizer import Stepper, Trained, rate_at
@@ -123,6 +124,19 @@ def test_compiled_layers_learn_the_same(
     mine, theirs = read_folder(one), read_folder(other)
     for name in mine:
         torch.testing.assert_close(mine[name].read(), theirs[name].read(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiler_that_fails_is_told(
+    copy: Made, calibrated: Callable[..., CalibrationReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(graph: Any, inputs: Any) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("moe_convert.calibrate.compiling.BACKEND", fail)
+    reason = r"cannot be compiled here: .*no C\+\+ compiler.*leave --compile out"
+    with pytest.raises(MissingDependencyError, match=reason):
+        calibrated(copy("out", **NOISY), compile=True)
 
 
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(

@@ -44,9 +44,9 @@ def compiled(models: Models, *, wanted: bool) -> Iterator[None]:
         with torch._dynamo.config.patch(recompile_limit=VARIANTS):
             yield
     except TorchDynamoException as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).splitlines()[:2]).strip().rstrip(".")
         raise MissingDependencyError(
-            f"The layers cannot be compiled here: {line}",
+            f"The layers cannot be compiled here: {reason}.",
             "Install a C++ compiler, and Triton for a GPU, or leave --compile out.",
         ) from error
     finally:
