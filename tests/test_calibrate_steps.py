@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_convert.calibrate.compiling import _unhooked
 from moe_convert.calibrate.memory import compute_twice, kept_bytes
 from moe_convert.calibrate.models import (
     load,
@@ -124,6 +125,16 @@ def test_compiled_layers_learn_the_same(
     mine, theirs = read_folder(one), read_folder(other)
     for name in mine:
         torch.testing.assert_close(mine[name].read(), theirs[name].read(), atol=1e-5, rtol=1e-4)
+
+
+def test_experts_that_may_loop_over_tokens_are_not_compiled() -> None:
+    """Nor is a router that is watched; what stands beside them is."""
+    names = ("gate", "experts", "norm")
+    layer = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in names})
+    layer["gate"].register_forward_hook(lambda *args: None)
+    assert list(_unhooked(layer)) == [layer["norm"]]
+    layer["experts"].has_gate = True
+    assert list(_unhooked(layer)) == [layer["experts"], layer["norm"]]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
